@@ -1,0 +1,1 @@
+"""What every part of loramux stands on: errors, validated configuration, durable files, the console."""
