@@ -1,0 +1,472 @@
+"""The hub: PEFT's tuner for every loramux method. It holds the routing context and the shared routers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from ..routing import (
+    Granularity,
+    Router,
+    RouterDims,
+    RoutingContext,
+    RoutingStatistics,
+    label_loss,
+    prompt_mask,
+    update_selection_biases,
+)
+from ..routing.context import mean_pool, task_ids
+from ..support.errors import AdapterError
+from .branch import BranchConfig
+from .layer import LoramuxLayer
+from .peft_config import PREFIX, LoramuxConfig, register
+from .registry import MethodConfig, StageConfig
+
+Tasks = Tensor | Sequence[str] | Sequence[int] | str
+ParameterGroups = dict[str, list[tuple[str, nn.Parameter]]]
+
+
+class LoramuxModel(BaseTuner):
+    """A frozen model whose linears carry routed LoRA experts. Reach it as `peft_model.base_model`.
+
+    Forward and generate take two keywords of ours beside the model's own:
+
+    * `routing_tasks`: names or ids of the tasks of the rows, `(batch,)`, or one for all. Required by methods routed by
+      task; overrides the choice of methods routed by the prompt, and teaches their router in training.
+    * `routing_mask`: `(batch, tokens)`, true where the router may look; by default the real tokens before the first
+      label.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = LoramuxLayer
+    target_module_mapping: ClassVar[dict[str, Any]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ------------------------------------------------------------------ what PEFT calls
+
+    def _pre_injection_hook(self, model: nn.Module, config: LoramuxConfig, adapter_name: str) -> None:
+        self.context = RoutingContext()
+        self.stage: StageConfig | None = None
+        self._methods: dict[str, MethodConfig] = {}
+        self._blocked_tasks: Tasks | None = None
+        self._held_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self.loramux_routers = nn.ModuleDict()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._check_name(adapter_name)
+        self._methods[adapter_name] = self.peft_config[adapter_name].build()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._add_shared_routers(adapter_name)
+
+    def _create_and_replace(
+        self,
+        config: LoramuxConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(target, LoramuxLayer):
+            layer = LoramuxLayer(target, current_key, self.context)
+            layer._active_adapter = self.active_adapter
+        layer.update_layer(
+            adapter_name, self._methods[adapter_name], len(config.tasks), config.inference_mode
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name, routers in self.loramux_routers.items():
+            routers.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        del self._methods[adapter_name]
+        if adapter_name in self.loramux_routers:
+            del self.loramux_routers[adapter_name]
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for container in ("loramux_branches", "loramux_routers"):
+            key = key.replace(f"{container}.{adapter_name}.", f"{container}.")
+        return key
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Honour `adapter_names=[...]`, one adapter (or `"__base__"`) per row."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise AdapterError("adapter_names works in inference only; call model.eval() first")
+        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
+        if unknown:
+            raise AdapterError(f"unknown adapter {unknown[0]!r}; loaded: {', '.join(self.peft_config)}")
+        self.context.adapter_rows = {
+            name: torch.tensor([row for row, other in enumerate(names) if other == name])
+            for name in dict.fromkeys(names)
+        }
+        try:
+            yield
+        finally:
+            self.context.adapter_rows = None
+
+    # ------------------------------------------------------------------ running
+
+    def forward(
+        self,
+        *args: Any,
+        routing_tasks: Tasks | None = None,
+        routing_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward. In training, auxiliary losses are part of `output.loss` where there is one."""
+        self._begin_call(args, kwargs, routing_tasks, routing_mask, recording=self.training)
+        output = self.model(*args, **kwargs)
+        self.context.recording = (
+            False  # a checkpointed block may run again in the backward pass; it has counted
+        )
+        loss = getattr(output, "loss", None)
+        if loss is not None and self.context.losses:
+            output.loss = loss + self.auxiliary_loss()
+        return output
+
+    def generate(
+        self,
+        *args: Any,
+        routing_tasks: Tasks | None = None,
+        routing_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's generate. Prompts are routed once; every decoding step keeps the decision."""
+        self._begin_call(args, kwargs, routing_tasks, routing_mask, recording=False)
+        return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def routing(self, tasks: Tasks) -> Iterator["LoramuxModel"]:
+        """Route every call in the block by `tasks`: a name, one name per row, or ids `(batch,)`."""
+        before = self._blocked_tasks, dict(self.context.tasks)
+        self._blocked_tasks = tasks
+        self.context.tasks = self._resolve_tasks(tasks)
+        try:
+            yield self
+        finally:
+            self._blocked_tasks, self.context.tasks = before
+
+    @contextmanager
+    def collect_statistics(self) -> Iterator[RoutingStatistics]:
+        """Collect who uses which expert over the calls in the block, by task where tasks are named."""
+        tasks = self._active_configs()[0].tasks or ["all"]
+        self.context.statistics = RoutingStatistics(tasks)
+        try:
+            yield self.context.statistics
+        finally:
+            self.context.statistics = None
+
+    # ------------------------------------------------------------------ what this hub is
+
+    def method(self, adapter: str | None = None) -> MethodConfig:
+        """The method of `adapter` (default: the first active one)."""
+        return self._methods[adapter or self.active_adapters[0]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names of the first active adapter, in the order of their ids."""
+        return self._active_configs()[0].tasks
+
+    @property
+    def granularity(self) -> Granularity:
+        """The finest granularity among the active adapters."""
+        return max(self._methods[name].granularity for name in self.active_adapters)
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether a call without `routing_tasks` is an error."""
+        return any(b.granularity == Granularity.TASK for b in self._active_branches())
+
+    @property
+    def routes_by_prompt(self) -> bool:
+        """Whether a shared router chooses from the prompt when no task is named."""
+        return any(b.granularity == Granularity.SEQUENCE for b in self._active_branches())
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        return self.method().stages
+
+    def layers(self) -> dict[str, LoramuxLayer]:
+        """The adapted layers by module name."""
+        return {module.name: module for module in self.model.modules() if isinstance(module, LoramuxLayer)}
+
+    def routers(self, adapter: str | None = None) -> Iterator[Router]:
+        """All routers of `adapter` (default: of all adapters), shared ones first."""
+        holders = [
+            (f".{name}.", module) for name, module in self.named_modules() if isinstance(module, Router)
+        ]
+        for name, router in holders:
+            if adapter is None or f".{adapter}." in name:
+                yield router
+
+    # ------------------------------------------------------------------ training
+
+    def set_stage(self, stage: StageConfig) -> None:
+        """Train only what `stage` names."""
+        self.stage = stage
+        groups = self._grouped_parameters()
+        for group, parameters in groups.items():
+            trains = ("experts" if group == "experts" else "router") in stage.train
+            for _, parameter in parameters:
+                parameter.requires_grad_(trains)
+
+    def parameter_groups(self) -> ParameterGroups:
+        """Trainable parameters by `experts`, `router` and `task_logits`, named as in `named_parameters`."""
+        return {
+            group: [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+            for group, parameters in self._grouped_parameters().items()
+        }
+
+    def auxiliary_loss(self) -> Tensor:
+        """The weighted auxiliary losses of the last forward pass in training mode; a zero where there are none.
+
+        Raises:
+            AdapterError: when they have no gradient although they should, as under re-entrant checkpointing.
+        """
+        if not self.context.losses:
+            return torch.zeros((), device=next(self.parameters()).device)
+        loss = torch.stack(self.context.losses).sum()
+        router_trains = any(p.requires_grad for router in self.routers() for p in router.parameters())
+        if router_trains and torch.is_grad_enabled() and not loss.requires_grad:
+            raise AdapterError(
+                "the router's auxiliary loss has no gradient: use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        return loss
+
+    def finish_step(self) -> None:
+        """Call after every optimiser step: balances the load (over all processes) and restores rows held still."""
+        update_selection_biases(self.routers())
+        with torch.no_grad():
+            for parameter, rows, values in self._held_rows:
+                parameter[rows] = values
+
+    def train_only(self, tasks: Sequence[str] | None) -> None:
+        """Hold the experts of all other tasks still, bit for bit, from now on; None lets all train again.
+
+        Raises:
+            AdapterError: when the method has no experts that belong to tasks, or a name is unknown.
+        """
+        self._held_rows = []
+        if tasks is None:
+            return
+        chosen = set(task_ids(list(tasks), self.tasks).tolist())
+        held = torch.tensor([i for i in range(len(self.tasks)) if i not in chosen], dtype=torch.long)
+        branches = [b for layer in self.layers().values() for b in layer.branches(self.active_adapters[0])]
+        if any(b.config.bank.experts != len(self.tasks) or b.config.bank.shared_down for b in branches):
+            raise AdapterError("only a method with one expert per task (such as moa) can train single tasks")
+        for parameter in (p for branch in branches for p in branch.bank.parameters()):
+            rows = held.to(parameter.device)
+            self._held_rows.append((parameter, rows, parameter.detach()[rows].clone()))
+
+    # ------------------------------------------------------------------ inside
+
+    def _begin_call(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tasks: Tasks | None,
+        mask: Tensor | None,
+        *,
+        recording: bool,
+    ) -> None:
+        """Set the context up for one call: tasks, token mask, and the decisions made once for the model."""
+        context = self.context
+        if recording:
+            update_selection_biases(self.routers())  # for trainers that never call finish_step
+        inputs = _inputs(args, kwargs)
+        tasks = self._blocked_tasks if tasks is None else tasks
+        context.losses, context.recording = [], recording
+        context.token_mask = None if inputs is None else _attention_mask(inputs, kwargs).bool()
+        context.tasks = {} if tasks is None else self._resolve_tasks(tasks, inputs)
+        if self.routes_by_prompt and not (_continues(kwargs) and not context.tasks):
+            self._decide(inputs, kwargs, mask)
+
+    def _resolve_tasks(self, tasks: Tasks, inputs: Tensor | None = None) -> dict[str, Tensor]:
+        """Task ids per adapter, one per row."""
+        device = inputs.device if inputs is not None else "cpu"
+        resolved = {}
+        for adapter, rows in self._served_rows(inputs):
+            names = self.peft_config[adapter].tasks
+            if not names:
+                continue
+            ids = task_ids(tasks, names, device)
+            if inputs is not None:
+                ids = ids.expand(len(inputs)) if len(ids) == 1 else ids
+                if len(ids) != len(inputs):
+                    raise AdapterError(f"routing_tasks names {len(ids)} rows, the batch has {len(inputs)}")
+            resolved[adapter] = ids if rows is None else ids[rows.to(ids.device)]
+        return resolved
+
+    def _served_rows(self, inputs: Tensor | None) -> list[tuple[str, Tensor | None]]:
+        """The adapters of this call and, in a mixed batch, the rows of each."""
+        rows = self.context.adapter_rows
+        if rows is None or inputs is None:
+            return [(name, None) for name in self.active_adapters if name in self.peft_config]
+        return [(name, index) for name, index in rows.items() if name in self.peft_config]
+
+    def _decide(self, inputs: Tensor | None, kwargs: dict[str, Any], mask: Tensor | None) -> None:
+        """Make the decisions that hold for the whole model and, in training, their label loss."""
+        self.context.decisions = {}
+        pooled: Tensor | None = None
+        for adapter, rows in self._served_rows(inputs):
+            for index, branch in enumerate(self._methods[adapter].branches):
+                if branch.router is None or not branch.router.shared:
+                    continue
+                tasks = self.context.tasks.get(adapter)
+                if tasks is not None:
+                    self.context.decisions[adapter, index] = _one_hot(tasks, branch)
+                if tasks is None or self._learns_labels(branch):
+                    if inputs is None:
+                        raise AdapterError("routing by the prompt needs input_ids or inputs_embeds")
+                    pooled = self._pool_prompt(inputs, kwargs, mask) if pooled is None else pooled
+                    features = pooled if rows is None else pooled[rows.to(pooled.device)]
+                    self._route_pooled(adapter, index, branch, features, tasks)
+
+    def _route_pooled(
+        self, adapter: str, index: int, branch: BranchConfig, features: Tensor, tasks: Tensor | None
+    ) -> None:
+        router = self.loramux_routers[adapter][str(index)]
+        decision = router(features, tasks)
+        if tasks is None:
+            self.context.decisions[adapter, index] = decision.weights
+        else:
+            assert branch.router is not None
+            self.context.losses.append(branch.router.label_loss * label_loss(decision, tasks))
+        if self.context.statistics is not None:
+            self.context.statistics.add("prompt", decision.weights, None, tasks)
+
+    def _learns_labels(self, branch: BranchConfig) -> bool:
+        in_stage = self.stage is None or "router" in self.stage.train
+        return bool(self.context.recording and in_stage and branch.router and branch.router.label_loss)
+
+    @torch.no_grad()
+    def _pool_prompt(self, inputs: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor:
+        """`(batch, width)`: the mean last hidden state of the frozen base over the prompt."""
+        attention = _attention_mask(inputs, kwargs)
+        if mask is None:
+            mask = prompt_mask(
+                attention, None if self._is_encoder_decoder() else _token_labels(inputs, kwargs)
+            )
+        encoder = self.model.get_encoder() if self._is_encoder_decoder() else _backbone(self.model)
+        key = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
+        was_training, self.context.bypass = encoder.training, True
+        try:
+            encoder.eval()
+            hidden = encoder(**{key: inputs, "attention_mask": attention})[0]
+        finally:
+            encoder.train(was_training)
+            self.context.bypass = False
+        return mean_pool(hidden, mask.bool())
+
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+
+    def _add_shared_routers(self, adapter: str) -> None:
+        config: LoramuxConfig = self.peft_config[adapter]
+        shared = nn.ModuleDict()
+        for index, branch in enumerate(self._methods[adapter].branches):
+            if branch.router is not None and branch.router.shared:
+                dims = RouterDims(_hidden_size(self.model), len(config.tasks), branch.gates)
+                shared[str(index)] = Router(branch.router, dims)
+        if len(shared):
+            self.loramux_routers[adapter] = shared.to(next(self.model.parameters()).device)
+            shared.requires_grad_(adapter in self.active_adapters and not config.inference_mode)
+
+    def _check_name(self, adapter: str) -> None:
+        """PEFT loses tensors silently when an adapter is called like a part of the model."""
+        parts = {part for name, _ in self.model.named_modules() for part in name.split(".")} - set(
+            self.peft_config
+        )
+        if not adapter or "." in adapter or adapter.isdigit() or adapter in parts:
+            raise AdapterError(
+                f"{adapter!r} cannot be an adapter name: use a word without dots that is no number and no module's name"
+            )
+
+    def _grouped_parameters(self) -> ParameterGroups:
+        groups: ParameterGroups = {"experts": [], "router": [], "task_logits": []}
+        routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+        owners = {id(p): r for r in routers.values() for p in r.parameters()}
+        for name, parameter in self.named_parameters():
+            if not self._belongs_to_active_adapter(name):
+                continue
+            owner = owners.get(id(parameter))
+            kind = "experts" if owner is None else "router"
+            groups["task_logits" if owner and owner.config.scorer.is_task_logits else kind].append(
+                (name, parameter)
+            )
+        return groups
+
+    def _belongs_to_active_adapter(self, name: str) -> bool:
+        return any(
+            f"{container}.{adapter}." in name
+            for adapter in self.active_adapters
+            for container in ("loramux_branches", "loramux_routers")
+        )
+
+    def _active_configs(self) -> list[LoramuxConfig]:
+        return [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
+
+    def _active_branches(self) -> list[BranchConfig]:
+        names = list(self.context.adapter_rows) if self.context.adapter_rows else self.active_adapters
+        return [branch for name in names if name in self._methods for branch in self._methods[name].branches]
+
+
+def _one_hot(tasks: Tensor, branch: BranchConfig) -> Tensor:
+    return nn.functional.one_hot(tasks, branch.gates).float()
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Token ids `(batch, tokens)` or embeddings `(batch, tokens, width)` of the call."""
+    for key in ("input_ids", "inputs", "inputs_embeds"):
+        if kwargs.get(key) is not None:
+            return kwargs[key]
+    return args[0] if args else None
+
+
+def _attention_mask(inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    mask = kwargs.get("attention_mask")
+    return (
+        mask if mask is not None and mask.dim() == 2 else inputs.new_ones(inputs.shape[:2], dtype=torch.long)
+    )
+
+
+def _token_labels(inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The labels when they are per token; a sequence classifier's labels hide no part of the prompt."""
+    labels = kwargs.get("labels")
+    return labels if labels is not None and labels.shape == inputs.shape[:2] else None
+
+
+def _continues(kwargs: dict[str, Any]) -> bool:
+    """Whether the call continues a sequence whose prompt was routed before."""
+    cache = kwargs.get("past_key_values")
+    return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return int(config.hidden_size)
+
+
+register(LoramuxModel)

@@ -1,0 +1,182 @@
+"""One adapted linear: the frozen layer plus the branches of the active adapters."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..routing import Granularity, RoutingContext
+from ..support.errors import AdapterError
+from .branch import Branch, add_product
+from .registry import MethodConfig
+
+
+class LoramuxLayer(nn.Module, BaseTunerLayer):
+    """Wraps a frozen linear.
+
+    Args:
+        base_layer: `nn.Linear` (quantised subclasses included) or transformers' `Conv1D`.
+        name: the module's name in the base model.
+        context: shared with the hub; tells the layer how the current call is routed.
+
+    Raises:
+        AdapterError: for any other kind of module.
+    """
+
+    adapter_layer_names = ("loramux_branches",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, name: str, context: RoutingContext) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.context = context
+        self.loramux_branches = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = _features(self.get_base_layer(), name)
+
+    def update_layer(
+        self, adapter: str, method: MethodConfig, tasks: int, inference_mode: bool = False
+    ) -> None:
+        """Add the branches of `adapter`."""
+        self.loramux_branches[adapter] = nn.ModuleList(
+            Branch(branch, self.in_features, self.out_features, tasks, index)
+            for index, branch in enumerate(method.branches)
+        )
+        self._move_adapter_to_device_of_base_layer(adapter)
+        for buffer in self.loramux_branches[adapter].buffers():
+            buffer.data = buffer.data.float()  # a half-precision selection bias would lose its small steps
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def branches(self, adapter: str) -> list[Branch]:
+        """The branches of `adapter` here; empty when it does not adapt this layer."""
+        return list(self.loramux_branches[adapter]) if adapter in self.loramux_branches else []  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged or self.context.bypass:
+            return output
+        if self.context.static_factors is not None:
+            return self._add_static(output, x)
+        adapted = self._add_rows(output, x) if self.context.adapter_rows else self._add_active(output, x)
+        if self.context.observer is not None:
+            self.context.observer(self.name, x, adapted - output)
+        return adapted
+
+    def factors(self, adapter: str, weights: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """The plain LoRA this layer is under constant decisions.
+
+        Args:
+            weights: per branch, `(1, gates)` or None for an unrouted branch.
+
+        Returns:
+            `A (rank, in_features)` and `B (out_features, rank)`, all scales in B.
+        """
+        pairs = [b.materialise(w) for b, w in zip(self.branches(adapter), weights, strict=True)]
+        down = torch.cat([down[0] for down, _ in pairs])
+        return down, torch.cat([up[0] for _, up in pairs]).T
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`(out_features, in_features)` under the task named by the surrounding `hub.routing(tasks=...)`, if any.
+
+        Raises:
+            AdapterError: when the delta is not one matrix, because routing depends on the input.
+        """
+        down, up = self.factors(adapter, self._constant_weights(adapter))
+        return up @ down
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return all(branch.config.router is None for branch in self.branches(adapter_name))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = [
+            name for name in check_adapters_to_merge(self, adapter_names) if name in self.loramux_branches
+        ]
+        base = self.get_base_layer()
+        if names and not (type(base) is nn.Linear or isinstance(base, Conv1D)):
+            raise AdapterError(
+                f"{self.name}: cannot merge into a {type(base).__name__}; load the base unquantised"
+            )
+        for name in names:
+            delta = self._oriented(self.get_delta_weight(name))
+            merged = base.weight + delta.to(base.weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise AdapterError(f"{self.name}: merging adapter {name!r} gives values that are not finite")
+            base.weight.data = merged
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        base = self.get_base_layer()
+        while self.merged_adapters:
+            delta = self._oriented(self.get_delta_weight(self.merged_adapters.pop()))
+            base.weight.data = base.weight - delta.to(base.weight.dtype)
+
+    def _oriented(self, delta: Tensor) -> Tensor:
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def _constant_weights(self, adapter: str) -> list[Tensor | None]:
+        return [self._constant_weight(branch, adapter) for branch in self.branches(adapter)]
+
+    def _constant_weight(self, branch: Branch, adapter: str) -> Tensor | None:
+        tasks = self.context.tasks.get(adapter)
+        granularity = branch.config.granularity
+        if granularity == Granularity.FIXED:
+            return None
+        if granularity == Granularity.TOKEN:
+            raise AdapterError(
+                f"adapter {adapter!r} routes every token by itself, so it is not one weight update and cannot be merged; "
+                "`loramux export` fits and measures a plain LoRA per task"
+            )
+        if tasks is None or len(tasks) != 1:
+            raise AdapterError(
+                f"adapter {adapter!r} has a different weight update for each task: merge it inside "
+                "`with hub.routing(tasks='NAME'):`"
+            )
+        if branch.router is None:
+            return nn.functional.one_hot(tasks, branch.config.gates).to(branch.bank.down.dtype)
+        return branch.router(torch.empty(0), tasks).weights
+
+    def _add_active(self, output: Tensor, x: Tensor) -> Tensor:
+        for adapter in self.active_adapters:
+            for branch in self.branches(adapter):
+                output = branch.add_to(output, x, self.context, adapter, self.name)
+        return output
+
+    def _add_rows(self, output: Tensor, x: Tensor) -> Tensor:
+        """Serve each row of a mixed batch by the adapter it names."""
+        adapted = output.clone()
+        repeats = len(x) // sum(len(rows) for rows in (self.context.adapter_rows or {}).values())
+        for adapter, rows in (self.context.adapter_rows or {}).items():
+            index = (
+                (rows.unsqueeze(-1) * repeats + torch.arange(repeats, device=rows.device))
+                .flatten()
+                .to(x.device)
+            )
+            part = output[index]
+            for branch in self.branches(adapter):
+                part = branch.add_to(part, x[index], self.context, adapter, self.name)
+            adapted = adapted.index_copy(0, index, part)
+        return adapted
+
+    def _add_static(self, output: Tensor, x: Tensor) -> Tensor:
+        assert self.context.static_factors is not None
+        down, up = self.context.static_factors[self.name]
+        return add_product(output, nn.functional.linear(x.to(down.dtype), down), up.T)
+
+
+def _features(layer: nn.Module, name: str) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    raise AdapterError(
+        f"{name}: cannot adapt a {type(layer).__name__}; target_modules must name linear layers"
+    )

@@ -1,0 +1,20 @@
+from ..banks import BankConfig
+from ..branch import BranchConfig
+from ..registry import MethodConfig, register_method
+
+
+@register_method("multilora", paper="Wang et al. 2023, MultiLoRA, arXiv:2311.11501")
+def multilora(
+    num_tasks: int, *, experts: int = 3, rank: int = 32, alpha: float | None = None, dropout: float = 0.05
+) -> MethodConfig:
+    """Parallel LoRAs that are all on, each with a trainable scale per output unit that starts at zero.
+
+    Exports as one LoRA of rank `experts * rank`. The scales start at zero, so the first steps move nothing else: give
+    it warm-up or a higher learning rate than plain LoRA.
+    """
+    bank = BankConfig(experts=experts, rank=rank, output_scale=True)
+    return MethodConfig(
+        branches=(
+            BranchConfig(bank=bank, scaling=(rank if alpha is None else alpha) / rank, dropout=dropout),
+        )
+    )

@@ -1,0 +1,107 @@
+"""The state of one forward pass that adapted layers read.
+
+It lives on one object shared by the hub and its layers, not in hooks and not in keyword arguments: it is still there
+when gradient checkpointing recomputes a block during the backward pass, and through every step of `generate`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..support.errors import AdapterError
+from .decision import Decision
+from .losses import balance_loss, masked_mean
+from .router import Router
+from .statistics import RoutingStatistics
+
+Observer = Callable[[str, Tensor, Tensor], None]
+
+
+@dataclass
+class RoutingContext:
+    """What the layers need to know about the current call.
+
+    Attributes:
+        tasks: per adapter, `(batch,)` task ids.
+        decisions: per adapter and branch, `(batch, gates)` weights decided once for the whole model.
+        token_mask: `(batch, tokens)`, true for real tokens.
+        adapter_rows: for mixed batches, the rows each adapter serves.
+        bypass: run the frozen base alone.
+        recording: whether this pass counts for losses and balance; off when a checkpointed block is recomputed.
+    """
+
+    tasks: dict[str, Tensor] = field(default_factory=dict)
+    decisions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    token_mask: Tensor | None = None
+    adapter_rows: dict[str, Tensor] | None = None
+    bypass: bool = False
+    recording: bool = False
+    losses: list[Tensor] = field(default_factory=list)
+    statistics: RoutingStatistics | None = None
+    observer: Observer | None = None
+    static_factors: Mapping[str, tuple[Tensor, Tensor]] | None = None
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The token mask when it describes `x` `(..., features)`, else None (a decoding step sees one token)."""
+        fits = self.token_mask is not None and self.token_mask.shape == x.shape[:-1]
+        return self.token_mask if fits else None
+
+    def shared_decision(self, adapter: str, branch: int) -> Tensor:
+        """The weights `(batch, gates)` decided once for the whole model.
+
+        Raises:
+            AdapterError: when nothing was decided, because the model was called past its hub.
+        """
+        if (adapter, branch) not in self.decisions:
+            raise AdapterError(
+                f"adapter {adapter!r} is routed by the prompt, but no prompt was routed: call the PEFT model (with a "
+                "task_type), not the model inside it"
+            )
+        return self.decisions[adapter, branch]
+
+    def record(self, layer: str, router: Router, decision: Decision, x: Tensor, tasks: Tensor | None) -> None:
+        """Note a per-layer decision for losses, balance and statistics."""
+        mask = self.mask_for(x)
+        if self.statistics is not None:
+            self.statistics.add(layer, decision.weights, mask, tasks)
+        if self.recording and router.training:
+            router.count_load(decision.weights, mask)
+            if router.config.balance_loss:
+                self.losses.append(router.config.balance_loss * balance_loss(decision, mask))
+
+
+def prompt_mask(attention_mask: Tensor, labels: Tensor | None) -> Tensor:
+    """`(batch, tokens)`: the real tokens before the first trained one (labels of -100 are not trained)."""
+    mask = attention_mask.bool()
+    if labels is None:
+        return mask
+    return mask & ((labels != -100).cumsum(-1) == 0)
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `(batch, tokens, width)` over the tokens of `mask`, in float32."""
+    return torch.stack([masked_mean(row, keep) for row, keep in zip(hidden.float(), mask, strict=True)])
+
+
+def task_ids(tasks: object, names: list[str], device: torch.device | str = "cpu") -> Tensor:
+    """Task ids `(batch,)` from names, one name, or ids.
+
+    Raises:
+        AdapterError: for a name or an id that is not among `names`.
+    """
+    if isinstance(tasks, Tensor):
+        ids = tasks.to(device=device, dtype=torch.long).reshape(-1)
+        if ids.numel() and not torch.compiler.is_compiling():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= len(names):
+                raise AdapterError(f"task id {low if low < 0 else high} is outside 0..{len(names) - 1}")
+        return ids
+    listed = [tasks] if isinstance(tasks, str | int) else list(tasks)  # type: ignore[call-overload]
+    if all(isinstance(task, int) for task in listed):
+        return task_ids(torch.tensor(listed), names, device)
+    unknown = [task for task in listed if task not in names]
+    if unknown:
+        raise AdapterError(f"unknown task {unknown[0]!r}; this adapter knows: {', '.join(names)}")
+    return torch.tensor([names.index(task) for task in listed], device=device)
