@@ -1,0 +1,165 @@
+"""How a model answers a batch of prompts: options compared by log-likelihood, or text generated greedily.
+
+A prompt is run once for all its options: what follows is read from copies of its key-value cache, and options that
+differ in the last token only are one row. Copies of a prompt lie next to each other, as beams do, so every routing
+decision made per prompt stays with its rows.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+Tokens = Sequence[int]
+_LOGIT_BUDGET = 2**26  # floats of one block of log-probabilities: 256 MB
+_MOST_COPIES = 16
+
+
+class Respondent:
+    """A model under questioning.
+
+    Args:
+        model: a causal LM, bare or with adapters, in eval mode.
+        tokenizer: gives the padding and the end token.
+        routing: keyword arguments for every forward, such as `{"routing_tasks": "who"}`.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, routing: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.routing = model, tokenizer, dict(routing or {})
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self._accepted = set(inspect.signature(base.forward).parameters)
+        self._positions: int | None = getattr(base.config, "max_position_embeddings", None)
+        self.device = next(model.parameters()).device
+        self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+    @torch.no_grad()
+    def option_scores(self, prompts: Sequence[Tokens], options: Sequence[Sequence[Tokens]]) -> list[list[float]]:
+        """The log-likelihood (in nats, summed over tokens) of every option of every prompt."""
+        ids, mask = left_padded(prompts, self.pad_id, self.device)
+        flat = [(prompt, tuple(option)) for prompt, listed in enumerate(options) for option in listed]
+        beginnings = [sorted({tuple(o[:-1]) for o in listed if len(o) > 1}, key=len) for listed in options]
+        logits, cache = self._forward(ids, mask, keep=1, use_cache=any(beginnings))
+        first = logits[:, -1].float().log_softmax(-1)
+        scores = first[[prompt for prompt, _ in flat], [option[0] for _, option in flat]].double().cpu()
+        for block in _blocks(beginnings, _LOGIT_BUDGET // first.shape[-1]):
+            log_probs = self._continue(block, prompts, mask, cache)
+            numbers, *places = _picks(block, flat)
+            scores.index_add_(0, torch.tensor(numbers), log_probs[tuple(places)].double().cpu())
+        return [part.tolist() for part in scores.split([len(listed) for listed in options])]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers, each up to its end token and at most `max_new_tokens` long."""
+        ids, mask = left_padded(prompts, self.pad_id, self.device)
+        if self._positions is not None:
+            max_new_tokens = max(1, min(max_new_tokens, self._positions - ids.shape[1]))
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.pad_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        produced = self.model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=settings, **self.routing
+        )
+        return [self._until_end(row) for row in produced[:, ids.shape[1] :].tolist()]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return tokens[: tokens.index(end)] if end in tokens else tokens
+
+    def _forward(
+        self, ids: Tensor, mask: Tensor, keep: int, use_cache: bool = False, cache: Cache | None = None
+    ) -> tuple[Tensor, Cache | None]:
+        """Logits of the last `keep` positions, and the cache when asked for."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        extras = {
+            "position_ids": positions,
+            "logits_to_keep": keep,
+            "use_cache": use_cache,
+            "past_key_values": cache,
+        }
+        extras = {name: value for name, value in extras.items() if name in self._accepted and value is not None}
+        out = self.model(input_ids=ids, attention_mask=mask, **extras, **self.routing)
+        return out.logits[:, -keep:], getattr(out, "past_key_values", None) if use_cache else None
+
+    def _continue(self, block: "_Block", prompts: Sequence[Tokens], mask: Tensor, cache: Cache | None) -> Tensor:
+        """Log-probabilities `(rows, width, vocabulary)` of what follows each token of each beginning."""
+        if _can_be_copied(cache):
+            past = copy.deepcopy(cache)
+            past.batch_repeat_interleave(block.copies)  # type: ignore[union-attr]
+            ids, seen = right_padded(block.rows, self.pad_id, self.device)
+            seen = torch.cat([mask.repeat_interleave(block.copies, 0), seen], 1)
+            logits, _ = self._forward(ids, seen, keep=ids.shape[1], use_cache=True, cache=past)
+            return logits.float().log_softmax(-1)
+        whole = [[*prompts[row // block.copies], *tokens] for row, tokens in enumerate(block.rows)]
+        logits, _ = self._forward(*left_padded(whole, self.pad_id, self.device), keep=block.width)
+        shifted = [row.roll(len(tokens), 0) for row, tokens in zip(logits, block.rows, strict=True)]
+        return torch.stack(shifted).float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Option beginnings to run together: `copies` of them per prompt, prompt after prompt; `()` fills up."""
+
+    rows: list[tuple[int, ...]]
+    copies: int
+
+    @property
+    def width(self) -> int:
+        return max(map(len, self.rows))
+
+
+def _blocks(beginnings: list[list[tuple[int, ...]]], most_tokens: int) -> Iterator[_Block]:
+    """Cut the beginnings of all prompts, shortest first, into blocks of at most `most_tokens` padded tokens."""
+    most = max(map(len, beginnings))
+    filled: list[list[tuple[int, ...]]] = [[*own, *[()] * (most - len(own))] for own in beginnings]
+    start = 0
+    while start < most:
+        copies = min(_MOST_COPIES, most - start)
+        while copies > 1 and copies * len(filled) * max(len(f[start + copies - 1]) for f in filled) > most_tokens:
+            copies -= 1
+        yield _Block([row for own in filled for row in own[start : start + copies]], copies)
+        start += copies
+
+
+def _picks(block: _Block, flat: list[tuple[int, tuple[int, ...]]]) -> list[list[int]]:
+    """Which log-probabilities belong to which option: option numbers, rows, places and tokens, side by side."""
+    row_of = {(row // block.copies, tokens): row for row, tokens in enumerate(block.rows)}
+    found = [(number, row_of.get((prompt, option[:-1])), option) for number, (prompt, option) in enumerate(flat)]
+    picks = [
+        (number, row, place, option[place + 1])
+        for number, row, option in found
+        if row is not None and len(option) > 1
+        for place in range(len(option) - 1)
+    ]
+    return [list(column) for column in zip(*picks, strict=True)]
+
+
+def _can_be_copied(cache: Cache | None) -> bool:
+    """Whether the whole state is keys and values; recurrent states cannot be repeated row by row."""
+    layers = getattr(cache, "layers", None) or ()
+    return bool(layers) and all(isinstance(layer, DynamicLayer) for layer in layers)
+
+
+def left_padded(rows: Sequence[Tokens], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask `(batch, tokens)`, so that every row ends in the last column."""
+    width = max(map(len, rows))
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def right_padded(rows: Sequence[Tokens], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same, so that every row begins in the first column."""
+    ids, mask = left_padded([row[::-1] for row in rows], pad_id, device)
+    return ids.flip(1), mask.flip(1)
