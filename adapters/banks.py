@@ -45,9 +45,7 @@ class DenseBank(nn.Module):
         super().__init__()
         self.config = config
         self.in_features, self.out_features = in_features, out_features
-        self.down = nn.Parameter(
-            torch.empty(1 if config.shared_down else config.experts, config.rank, in_features)
-        )
+        self.down = nn.Parameter(torch.empty(1 if config.shared_down else config.experts, config.rank, in_features))
         self.up = nn.Parameter(torch.empty(config.experts, config.rank, out_features))
         self.scale = nn.Parameter(torch.zeros(config.experts, out_features)) if config.output_scale else None
         self.reset_parameters()

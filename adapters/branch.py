@@ -61,9 +61,7 @@ class Branch(nn.Module):
         index: position among the branches of the method; keys the shared decisions of the context.
     """
 
-    def __init__(
-        self, config: BranchConfig, in_features: int, out_features: int, tasks: int, index: int = 0
-    ) -> None:
+    def __init__(self, config: BranchConfig, in_features: int, out_features: int, tasks: int, index: int = 0) -> None:
         super().__init__()
         self.config, self.index = config, index
         self.bank = DenseBank(config.bank, in_features, out_features)
@@ -150,9 +148,7 @@ class Branch(nn.Module):
         hidden = torch.bmm(rows, down.transpose(1, 2))
         if output.dtype != hidden.dtype or torch.is_autocast_enabled(x.device.type):
             return output + torch.bmm(hidden, up).reshape(output.shape).to(output.dtype)
-        return torch.baddbmm(output.reshape(len(weights), -1, output.shape[-1]), hidden, up).reshape(
-            output.shape
-        )
+        return torch.baddbmm(output.reshape(len(weights), -1, output.shape[-1]), hidden, up).reshape(output.shape)
 
 
 def add_product(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:

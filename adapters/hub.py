@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -43,11 +44,12 @@ class LoramuxModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = LoramuxLayer
-    target_module_mapping: ClassVar[dict[str, Any]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+    peft_config: dict[str, LoramuxConfig]  # type: ignore[assignment]
 
     # ------------------------------------------------------------------ what PEFT calls
 
-    def _pre_injection_hook(self, model: nn.Module, config: LoramuxConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.context = RoutingContext()
         self.stage: StageConfig | None = None
         self._methods: dict[str, MethodConfig] = {}
@@ -63,7 +65,7 @@ class LoramuxModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        config: LoramuxConfig,
+        config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -71,14 +73,14 @@ class LoramuxModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
-        if not isinstance(target, LoramuxLayer):
-            layer = LoramuxLayer(target, current_key, self.context)
-            layer._active_adapter = self.active_adapter
-        layer.update_layer(
-            adapter_name, self._methods[adapter_name], len(config.tasks), config.inference_mode
-        )
-        if layer is not target:
+        new = not isinstance(target, LoramuxLayer)
+        layer = LoramuxLayer(target, current_key, self.context) if new else target
+        assert isinstance(layer, LoramuxLayer)
+        assert isinstance(config, LoramuxConfig)
+        if new:
+            layer._active_adapter = self.active_adapters
+        layer.update_layer(adapter_name, self._methods[adapter_name], len(config.tasks), config.inference_mode)
+        if new:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -133,9 +135,7 @@ class LoramuxModel(BaseTuner):
         """The model's forward. In training, auxiliary losses are part of `output.loss` where there is one."""
         self._begin_call(args, kwargs, routing_tasks, routing_mask, recording=self.training)
         output = self.model(*args, **kwargs)
-        self.context.recording = (
-            False  # a checkpointed block may run again in the backward pass; it has counted
-        )
+        self.context.recording = False  # a checkpointed block may run again in the backward pass; it has counted
         loss = getattr(output, "loss", None)
         if loss is not None and self.context.losses:
             output.loss = loss + self.auxiliary_loss()
@@ -209,9 +209,7 @@ class LoramuxModel(BaseTuner):
 
     def routers(self, adapter: str | None = None) -> Iterator[Router]:
         """All routers of `adapter` (default: of all adapters), shared ones first."""
-        holders = [
-            (f".{name}.", module) for name, module in self.named_modules() if isinstance(module, Router)
-        ]
+        holders = [(f".{name}.", module) for name, module in self.named_modules() if isinstance(module, Router)]
         for name, router in holders:
             if adapter is None or f".{adapter}." in name:
                 yield router
@@ -246,7 +244,8 @@ class LoramuxModel(BaseTuner):
         router_trains = any(p.requires_grad for router in self.routers() for p in router.parameters())
         if router_trains and torch.is_grad_enabled() and not loss.requires_grad:
             raise AdapterError(
-                "the router's auxiliary loss has no gradient: use gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "the router's auxiliary loss has no gradient: "
+                "set gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         return loss
 
@@ -342,8 +341,9 @@ class LoramuxModel(BaseTuner):
     def _route_pooled(
         self, adapter: str, index: int, branch: BranchConfig, features: Tensor, tasks: Tensor | None
     ) -> None:
-        router = self.loramux_routers[adapter][str(index)]
-        decision = router(features, tasks)
+        shared = self.loramux_routers[adapter]
+        assert isinstance(shared, nn.ModuleDict)
+        decision = shared[str(index)](features, tasks)
         if tasks is None:
             self.context.decisions[adapter, index] = decision.weights
         else:
@@ -361,10 +361,8 @@ class LoramuxModel(BaseTuner):
         """`(batch, width)`: the mean last hidden state of the frozen base over the prompt."""
         attention = _attention_mask(inputs, kwargs)
         if mask is None:
-            mask = prompt_mask(
-                attention, None if self._is_encoder_decoder() else _token_labels(inputs, kwargs)
-            )
-        encoder = self.model.get_encoder() if self._is_encoder_decoder() else _backbone(self.model)
+            mask = prompt_mask(attention, _prompt_labels(self.model, inputs, kwargs))
+        encoder = _encoder(self.model)
         key = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
         was_training, self.context.bypass = encoder.training, True
         try:
@@ -374,9 +372,6 @@ class LoramuxModel(BaseTuner):
             encoder.train(was_training)
             self.context.bypass = False
         return mean_pool(hidden, mask.bool())
-
-    def _is_encoder_decoder(self) -> bool:
-        return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     def _add_shared_routers(self, adapter: str) -> None:
         config: LoramuxConfig = self.peft_config[adapter]
@@ -391,9 +386,7 @@ class LoramuxModel(BaseTuner):
 
     def _check_name(self, adapter: str) -> None:
         """PEFT loses tensors silently when an adapter is called like a part of the model."""
-        parts = {part for name, _ in self.model.named_modules() for part in name.split(".")} - set(
-            self.peft_config
-        )
+        parts = {part for name, _ in self.model.named_modules() for part in name.split(".")} - set(self.peft_config)
         if not adapter or "." in adapter or adapter.isdigit() or adapter in parts:
             raise AdapterError(
                 f"{adapter!r} cannot be an adapter name: use a word without dots that is no number and no module's name"
@@ -408,9 +401,7 @@ class LoramuxModel(BaseTuner):
                 continue
             owner = owners.get(id(parameter))
             kind = "experts" if owner is None else "router"
-            groups["task_logits" if owner and owner.config.scorer.is_task_logits else kind].append(
-                (name, parameter)
-            )
+            groups["task_logits" if owner and owner.config.scorer.is_task_logits else kind].append((name, parameter))
         return groups
 
     def _belongs_to_active_adapter(self, name: str) -> bool:
@@ -442,15 +433,14 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 def _attention_mask(inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
     mask = kwargs.get("attention_mask")
-    return (
-        mask if mask is not None and mask.dim() == 2 else inputs.new_ones(inputs.shape[:2], dtype=torch.long)
-    )
+    return mask if mask is not None and mask.dim() == 2 else inputs.new_ones(inputs.shape[:2], dtype=torch.long)
 
 
-def _token_labels(inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The labels when they are per token; a sequence classifier's labels hide no part of the prompt."""
+def _prompt_labels(model: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The labels that hide answers from the router: per-token ones on the same sequence as the prompt."""
     labels = kwargs.get("labels")
-    return labels if labels is not None and labels.shape == inputs.shape[:2] else None
+    on_prompt = labels is not None and labels.shape == inputs.shape[:2] and not model.config.is_encoder_decoder
+    return labels if on_prompt else None
 
 
 def _continues(kwargs: dict[str, Any]) -> bool:
@@ -459,12 +449,14 @@ def _continues(kwargs: dict[str, Any]) -> bool:
     return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    """The model without its head."""
+def _encoder(model: Any) -> Any:
+    """What reads the prompt: the encoder of an encoder-decoder, else the model without its head."""
+    if model.config.is_encoder_decoder:
+        return model.get_encoder()
     return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
 
 
-def _hidden_size(model: nn.Module) -> int:
+def _hidden_size(model: Any) -> int:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return int(config.hidden_size)
 

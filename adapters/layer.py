@@ -38,9 +38,7 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.in_features, self.out_features = _features(self.get_base_layer(), name)
 
-    def update_layer(
-        self, adapter: str, method: MethodConfig, tasks: int, inference_mode: bool = False
-    ) -> None:
+    def update_layer(self, adapter: str, method: MethodConfig, tasks: int, inference_mode: bool = False) -> None:
         """Add the branches of `adapter`."""
         self.loramux_branches[adapter] = nn.ModuleList(
             Branch(branch, self.in_features, self.out_features, tasks, index)
@@ -53,7 +51,7 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
 
     def branches(self, adapter: str) -> list[Branch]:
         """The branches of `adapter` here; empty when it does not adapt this layer."""
-        return list(self.loramux_branches[adapter]) if adapter in self.loramux_branches else []  # type: ignore[arg-type]
+        return list(self.loramux_branches[adapter]) if adapter in self.loramux_branches else []  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -96,14 +94,10 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = [
-            name for name in check_adapters_to_merge(self, adapter_names) if name in self.loramux_branches
-        ]
-        base = self.get_base_layer()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loramux_branches]
+        base: Any = self.get_base_layer()
         if names and not (type(base) is nn.Linear or isinstance(base, Conv1D)):
-            raise AdapterError(
-                f"{self.name}: cannot merge into a {type(base).__name__}; load the base unquantised"
-            )
+            raise AdapterError(f"{self.name}: cannot merge into a {type(base).__name__}; load the base unquantised")
         for name in names:
             delta = self._oriented(self.get_delta_weight(name))
             merged = base.weight + delta.to(base.weight.dtype)
@@ -114,7 +108,7 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         while self.merged_adapters:
             delta = self._oriented(self.get_delta_weight(self.merged_adapters.pop()))
             base.weight.data = base.weight - delta.to(base.weight.dtype)
@@ -132,8 +126,8 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
             return None
         if granularity == Granularity.TOKEN:
             raise AdapterError(
-                f"adapter {adapter!r} routes every token by itself, so it is not one weight update and cannot be merged; "
-                "`loramux export` fits and measures a plain LoRA per task"
+                f"adapter {adapter!r} routes every token by itself, so it is not one weight update and cannot be "
+                "merged; `loramux export` fits and measures a plain LoRA per task"
             )
         if tasks is None or len(tasks) != 1:
             raise AdapterError(
@@ -155,11 +149,7 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
         adapted = output.clone()
         repeats = len(x) // sum(len(rows) for rows in (self.context.adapter_rows or {}).values())
         for adapter, rows in (self.context.adapter_rows or {}).items():
-            index = (
-                (rows.unsqueeze(-1) * repeats + torch.arange(repeats, device=rows.device))
-                .flatten()
-                .to(x.device)
-            )
+            index = (rows.unsqueeze(-1) * repeats + torch.arange(repeats, device=rows.device)).flatten().to(x.device)
             part = output[index]
             for branch in self.branches(adapter):
                 part = branch.add_to(part, x[index], self.context, adapter, self.name)
@@ -177,6 +167,4 @@ def _features(layer: nn.Module, name: str) -> tuple[int, int]:
         return layer.in_features, layer.out_features
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
-    raise AdapterError(
-        f"{name}: cannot adapt a {type(layer).__name__}; target_modules must name linear layers"
-    )
+    raise AdapterError(f"{name}: cannot adapt a {type(layer).__name__}; target_modules must name linear layers")

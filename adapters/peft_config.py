@@ -80,6 +80,10 @@ class LoramuxConfig(PeftConfig):
 
 def register(model_class: type) -> None:
     """Make PEFT dispatch the type `LORAMUX` to our config and tuner."""
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[LORAMUX] = LoramuxConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[LORAMUX] = model_class
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[LORAMUX] = PREFIX
+    tables: list[tuple[dict[Any, Any], Any]] = [
+        (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, LoramuxConfig),
+        (mapping.PEFT_TYPE_TO_TUNER_MAPPING, model_class),
+        (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, PREFIX),
+    ]
+    for table, entry in tables:
+        table[LORAMUX] = entry

@@ -79,9 +79,7 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
-def register_method(
-    name: str, *, paper: str
-) -> Callable[[Callable[..., MethodConfig]], Callable[..., MethodConfig]]:
+def register_method(name: str, *, paper: str) -> Callable[[Callable[..., MethodConfig]], Callable[..., MethodConfig]]:
     """Register a preset under `name`.
 
     Raises:
@@ -90,9 +88,7 @@ def register_method(
 
     def register(build: Callable[..., MethodConfig]) -> Callable[..., MethodConfig]:
         if name in _METHODS:
-            raise ValueError(
-                f"there is already a method called {name!r}, in {_METHODS[name].build.__module__}"
-            )
+            raise ValueError(f"there is already a method called {name!r}, in {_METHODS[name].build.__module__}")
         _METHODS[name] = Method(name, pydantic.validate_call(build), paper)
         return build
 
@@ -119,15 +115,11 @@ def method_config(name: str, *, num_tasks: int, options: Mapping[str, Any] | Non
     given = dict(options or {})
     for option in given:
         if option not in method.options():
-            raise ConfigError(
-                f"method {name!r}: unknown option {option!r}; {did_you_mean(option, method.options())}"
-            )
+            raise ConfigError(f"method {name!r}: unknown option {option!r}; {did_you_mean(option, method.options())}")
     try:
         return method.build(num_tasks, **given)
     except pydantic.ValidationError as error:
-        faults = "; ".join(
-            f"{fault['loc'][-1]}: {fault['msg']} (got {fault['input']!r})" for fault in error.errors()
-        )
+        faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']} (got {fault['input']!r})" for fault in error.errors())
         raise ConfigError(f"method {name!r}: {faults}") from None
     except ValueError as error:
         raise ConfigError(f"method {name!r}: {error}") from None

@@ -6,6 +6,7 @@ when gradient checkpointing recomputes a block during the backward pass, and thr
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def task_ids(tasks: object, names: list[str], device: torch.device | str = "cpu"
             if low < 0 or high >= len(names):
                 raise AdapterError(f"task id {low if low < 0 else high} is outside 0..{len(names) - 1}")
         return ids
-    listed = [tasks] if isinstance(tasks, str | int) else list(tasks)  # type: ignore[call-overload]
+    listed: list[Any] = [tasks] if isinstance(tasks, str | int) else list(tasks)  # type: ignore[call-overload]
     if all(isinstance(task, int) for task in listed):
         return task_ids(torch.tensor(listed), names, device)
     unknown = [task for task in listed if task not in names]

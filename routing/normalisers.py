@@ -12,8 +12,10 @@ from .decision import Decision
 class Normaliser(Protocol):
     """Turns scores `(..., gates)` into a `Decision`."""
 
-    balance_rate: float
-    """Step of the selection bias per training step; 0 for normalisers without one."""
+    @property
+    def balance_rate(self) -> float:
+        """Step of the selection bias per training step; 0 for normalisers without one."""
+        ...
 
     def __call__(self, scores: Tensor, selection_bias: Tensor | None = None) -> Decision: ...
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
 def config(cls: type[T]) -> type[T]:
     """A frozen, keyword-only dataclass that checks types on construction and refuses unknown keys."""
-    return pydantic_dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)
+    return pydantic_dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})(cls)  # type: ignore[return-value]
 
 
 def parse(cls: type[T], data: Mapping[str, Any], *, where: str) -> T:
@@ -28,7 +28,7 @@ def parse(cls: type[T], data: Mapping[str, Any], *, where: str) -> T:
         where: what the data came from (a file name, "--set"), the first word of every message.
 
     Raises:
-        ConfigError: naming every fault at once, each with its dotted key and, for an unknown key, the nearest valid one.
+        ConfigError: naming every fault at once, each with its dotted key; unknown keys with the nearest valid one.
     """
     try:
         return pydantic.TypeAdapter(cls).validate_python(dict(data))

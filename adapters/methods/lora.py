@@ -10,6 +10,4 @@ def lora(num_tasks: int, *, rank: int = 8, alpha: float | None = None, dropout: 
     `alpha` defaults to the rank (scale 1).
     """
     scaling = (rank if alpha is None else alpha) / rank
-    return MethodConfig(
-        branches=(BranchConfig(bank=BankConfig(rank=rank), scaling=scaling, dropout=dropout),)
-    )
+    return MethodConfig(branches=(BranchConfig(bank=BankConfig(rank=rank), scaling=scaling, dropout=dropout),))

@@ -14,7 +14,5 @@ def multilora(
     """
     bank = BankConfig(experts=experts, rank=rank, output_scale=True)
     return MethodConfig(
-        branches=(
-            BranchConfig(bank=bank, scaling=(rank if alpha is None else alpha) / rank, dropout=dropout),
-        )
+        branches=(BranchConfig(bank=bank, scaling=(rank if alpha is None else alpha) / rank, dropout=dropout),)
     )
