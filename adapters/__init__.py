@@ -11,24 +11,41 @@ if __name__ == "adapters":
 
 from .banks import BankConfig, DenseBank
 from .branch import Branch, BranchConfig
+from .export import BaseIdentity, ExportConfig, ExportReport, exact_factors, export_task, save_lora
+from .fidelity import Fidelity, measure_fidelity
 from .hub import LoramuxModel
 from .layer import LoramuxLayer
+from .low_rank import RANK_CLASSES, LowRank
 from .peft_config import LoramuxConfig
 from .registry import Method, MethodConfig, StageConfig, find_method, method_config, methods, register_method
+from .sizing import adapter_parameters, count_parameters, matched_lora_rank
 
 __all__ = [
+    "RANK_CLASSES",
     "BankConfig",
+    "BaseIdentity",
     "Branch",
     "BranchConfig",
     "DenseBank",
+    "ExportConfig",
+    "ExportReport",
+    "Fidelity",
     "LoramuxConfig",
     "LoramuxLayer",
     "LoramuxModel",
+    "LowRank",
     "Method",
     "MethodConfig",
     "StageConfig",
+    "adapter_parameters",
+    "count_parameters",
+    "exact_factors",
+    "export_task",
     "find_method",
+    "matched_lora_rank",
+    "measure_fidelity",
     "method_config",
     "methods",
     "register_method",
+    "save_lora",
 ]

@@ -1,6 +1,6 @@
 """The hub: PEFT's tuner for every loramux method. It holds the routing context and the shared routers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,10 +20,11 @@ from ..routing import (
     prompt_mask,
     update_selection_biases,
 )
-from ..routing.context import mean_pool, task_ids
+from ..routing.context import Observer, mean_pool, task_ids
 from ..support.errors import AdapterError
 from .branch import BranchConfig
-from .layer import LoramuxLayer
+from .layer import LoramuxLayer, copy_leading_rows
+from .low_rank import LowRank
 from .peft_config import PREFIX, LoramuxConfig, register
 from .registry import MethodConfig, StageConfig
 
@@ -219,17 +220,30 @@ class LoramuxModel(BaseTuner):
     def set_stage(self, stage: StageConfig) -> None:
         """Train only what `stage` names."""
         self.stage = stage
-        groups = self._grouped_parameters()
+        groups = self.grouped_parameters()
         for group, parameters in groups.items():
             trains = ("experts" if group == "experts" else "router") in stage.train
             for _, parameter in parameters:
                 parameter.requires_grad_(trains)
 
+    def grouped_parameters(self) -> ParameterGroups:
+        """All parameters of the active adapters by `experts`, `router` and `task_logits`, trainable or not."""
+        groups: ParameterGroups = {"experts": [], "router": [], "task_logits": []}
+        routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+        owners = {id(p): r for r in routers.values() for p in r.parameters()}
+        for name, parameter in self.named_parameters():
+            if not self._belongs_to_active_adapter(name):
+                continue
+            owner = owners.get(id(parameter))
+            kind = "experts" if owner is None else "router"
+            groups["task_logits" if owner and owner.config.scorer.is_task_logits else kind].append((name, parameter))
+        return groups
+
     def parameter_groups(self) -> ParameterGroups:
         """Trainable parameters by `experts`, `router` and `task_logits`, named as in `named_parameters`."""
         return {
             group: [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
-            for group, parameters in self._grouped_parameters().items()
+            for group, parameters in self.grouped_parameters().items()
         }
 
     def auxiliary_loss(self) -> Tensor:
@@ -274,6 +288,51 @@ class LoramuxModel(BaseTuner):
             rows = held.to(parameter.device)
             self._held_rows.append((parameter, rows, parameter.detach()[rows].clone()))
 
+    def add_task(self, task: str) -> None:
+        """Give a new task its rows and, where experts belong to tasks, its expert; all others keep their values.
+
+        Raises:
+            AdapterError: when the task is there already.
+        """
+        adapter = self.active_adapters[0]
+        config = self.peft_config[adapter]
+        if task in config.tasks:
+            raise AdapterError(f"adapter {adapter!r} knows task {task!r} already")
+        config.tasks.append(task)
+        self._methods[adapter] = config.build()
+        for layer in self.layers().values():
+            if layer.branches(adapter):
+                layer.update_layer(adapter, self._methods[adapter], len(config.tasks), config.inference_mode)
+        self._cast_adapter_dtype(adapter)
+        self._add_shared_routers(adapter)
+
+    @contextmanager
+    def using_factors(self, factors: Mapping[str, LowRank]) -> Iterator[None]:
+        """Run with these plain LoRA factors, by layer name, in the place of the adapters."""
+        self.context.static_factors = factors
+        try:
+            yield
+        finally:
+            self.context.static_factors = None
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Run the frozen base alone."""
+        self.context.bypass = True
+        try:
+            yield
+        finally:
+            self.context.bypass = False
+
+    @contextmanager
+    def observing(self, observer: Observer) -> Iterator[None]:
+        """Call `observer(layer, x, delta)` for every adapted layer that runs in the block."""
+        self.context.observer = observer
+        try:
+            yield
+        finally:
+            self.context.observer = None
+
     # ------------------------------------------------------------------ inside
 
     def _begin_call(
@@ -294,6 +353,8 @@ class LoramuxModel(BaseTuner):
         context.losses, context.recording = [], recording
         context.token_mask = None if inputs is None else _attention_mask(inputs, kwargs).bool()
         context.tasks = {} if tasks is None else self._resolve_tasks(tasks, inputs)
+        if context.bypass or context.static_factors is not None:
+            return
         if self.routes_by_prompt and not (_continues(kwargs) and not context.tasks):
             self._decide(inputs, kwargs, mask)
 
@@ -364,13 +425,12 @@ class LoramuxModel(BaseTuner):
             mask = prompt_mask(attention, _prompt_labels(self.model, inputs, kwargs))
         encoder = _encoder(self.model)
         key = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
-        was_training, self.context.bypass = encoder.training, True
+        was_training = encoder.training
         try:
-            encoder.eval()
-            hidden = encoder(**{key: inputs, "attention_mask": attention})[0]
+            with self.bypassed():
+                hidden = encoder.eval()(**{key: inputs, "attention_mask": attention})[0]
         finally:
             encoder.train(was_training)
-            self.context.bypass = False
         return mean_pool(hidden, mask.bool())
 
     def _add_shared_routers(self, adapter: str) -> None:
@@ -381,6 +441,8 @@ class LoramuxModel(BaseTuner):
                 dims = RouterDims(_hidden_size(self.model), len(config.tasks), branch.gates)
                 shared[str(index)] = Router(branch.router, dims)
         if len(shared):
+            if adapter in self.loramux_routers:
+                copy_leading_rows(self.loramux_routers[adapter], shared)
             self.loramux_routers[adapter] = shared.to(next(self.model.parameters()).device)
             shared.requires_grad_(adapter in self.active_adapters and not config.inference_mode)
 
@@ -391,18 +453,6 @@ class LoramuxModel(BaseTuner):
             raise AdapterError(
                 f"{adapter!r} cannot be an adapter name: use a word without dots that is no number and no module's name"
             )
-
-    def _grouped_parameters(self) -> ParameterGroups:
-        groups: ParameterGroups = {"experts": [], "router": [], "task_logits": []}
-        routers = {name: module for name, module in self.named_modules() if isinstance(module, Router)}
-        owners = {id(p): r for r in routers.values() for p in r.parameters()}
-        for name, parameter in self.named_parameters():
-            if not self._belongs_to_active_adapter(name):
-                continue
-            owner = owners.get(id(parameter))
-            kind = "experts" if owner is None else "router"
-            groups["task_logits" if owner and owner.config.scorer.is_task_logits else kind].append((name, parameter))
-        return groups
 
     def _belongs_to_active_adapter(self, name: str) -> bool:
         return any(

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ..routing import Granularity, RoutingContext
 from ..support.errors import AdapterError
 from .branch import Branch, add_product
+from .low_rank import LowRank
 from .registry import MethodConfig
 
 
@@ -39,11 +40,14 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _features(self.get_base_layer(), name)
 
     def update_layer(self, adapter: str, method: MethodConfig, tasks: int, inference_mode: bool = False) -> None:
-        """Add the branches of `adapter`."""
+        """Give `adapter` the branches of `method`; where it had some, their values stay in the leading rows."""
+        before = self.branches(adapter)
         self.loramux_branches[adapter] = nn.ModuleList(
             Branch(branch, self.in_features, self.out_features, tasks, index)
             for index, branch in enumerate(method.branches)
         )
+        for old, new in zip(before, self.branches(adapter), strict=False):
+            copy_leading_rows(old, new)
         self._move_adapter_to_device_of_base_layer(adapter)
         for buffer in self.loramux_branches[adapter].buffers():
             buffer.data = buffer.data.float()  # a half-precision selection bias would lose its small steps
@@ -67,27 +71,18 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
             self.context.observer(self.name, x, adapted - output)
         return adapted
 
-    def factors(self, adapter: str, weights: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """The plain LoRA this layer is under constant decisions.
-
-        Args:
-            weights: per branch, `(1, gates)` or None for an unrouted branch.
-
-        Returns:
-            `A (rank, in_features)` and `B (out_features, rank)`, all scales in B.
-        """
-        pairs = [b.materialise(w) for b, w in zip(self.branches(adapter), weights, strict=True)]
-        down = torch.cat([down[0] for down, _ in pairs])
-        return down, torch.cat([up[0] for _, up in pairs]).T
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """`(out_features, in_features)` under the task named by the surrounding `hub.routing(tasks=...)`, if any.
+    def factors(self, adapter: str) -> LowRank:
+        """The plain LoRA this layer is under the task named by the surrounding `hub.routing(tasks=...)`, if any.
 
         Raises:
-            AdapterError: when the delta is not one matrix, because routing depends on the input.
+            AdapterError: when there is no such LoRA, because the weights depend on the input.
         """
-        down, up = self.factors(adapter, self._constant_weights(adapter))
-        return up @ down
+        pairs = [branch.materialise(self._constant_weight(branch, adapter)) for branch in self.branches(adapter)]
+        return LowRank(torch.cat([down[0] for down, _ in pairs]), torch.cat([up[0] for _, up in pairs]).T)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`(out_features, in_features)`; raises as `factors` does."""
+        return self.factors(adapter).delta()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return all(branch.config.router is None for branch in self.branches(adapter_name))
@@ -115,9 +110,6 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
 
     def _oriented(self, delta: Tensor) -> Tensor:
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
-
-    def _constant_weights(self, adapter: str) -> list[Tensor | None]:
-        return [self._constant_weight(branch, adapter) for branch in self.branches(adapter)]
 
     def _constant_weight(self, branch: Branch, adapter: str) -> Tensor | None:
         tasks = self.context.tasks.get(adapter)
@@ -158,8 +150,17 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
 
     def _add_static(self, output: Tensor, x: Tensor) -> Tensor:
         assert self.context.static_factors is not None
-        down, up = self.context.static_factors[self.name]
-        return add_product(output, nn.functional.linear(x.to(down.dtype), down), up.T)
+        factors: LowRank = self.context.static_factors[self.name]
+        hidden = nn.functional.linear(x.to(factors.down.dtype), factors.down)
+        return add_product(output, hidden, factors.up.T)
+
+
+@torch.no_grad()
+def copy_leading_rows(old: nn.Module, new: nn.Module) -> None:
+    """Copy every tensor of `old` into the leading rows of its namesake in `new`."""
+    grown = new.state_dict()
+    for name, tensor in old.state_dict().items():
+        grown[name][: len(tensor)] = tensor
 
 
 def _features(layer: nn.Module, name: str) -> tuple[int, int]:

@@ -30,6 +30,8 @@ class RoutingContext:
         token_mask: `(batch, tokens)`, true for real tokens.
         adapter_rows: for mixed batches, the rows each adapter serves.
         bypass: run the frozen base alone.
+        static_factors: plain LoRA factors per layer that stand in for the adapters.
+        observer: called with layer name, input and delta of every adapted layer.
         recording: whether this pass counts for losses and balance; off when a checkpointed block is recomputed.
     """
 
@@ -42,7 +44,7 @@ class RoutingContext:
     losses: list[Tensor] = field(default_factory=list)
     statistics: RoutingStatistics | None = None
     observer: Observer | None = None
-    static_factors: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    static_factors: Mapping[str, Any] | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask when it describes `x` `(..., features)`, else None (a decoding step sees one token)."""

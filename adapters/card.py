@@ -1,0 +1,91 @@
+"""The model card of an exported adapter."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+
+
+def write_card(
+    folder: Path, report: Mapping[str, Any], base: str, revision: str | None, facts: Mapping[str, Any]
+) -> None:
+    """Write README.md, with metadata the Hub understands.
+
+    Args:
+        report: an `ExportReport` as data.
+        facts: `description`, `examples` (rows of `input` and `target`), `scores` (name to number), `recipe` (text).
+    """
+    sections = [
+        f"# {report['task']}\n\n{facts.get('description') or 'A task adapter.'}",
+        _examples(facts.get("examples", ())),
+        _scores(facts.get("scores", {})),
+        _fidelity(report),
+        _loading(base, revision),
+    ]
+    if facts.get("recipe"):
+        sections.append(f"## How it was trained\n\n```yaml\n{facts['recipe'].strip()}\n```")
+    body = "\n\n".join(section for section in sections if section)
+    ModelCard(f"---\n{yaml.safe_dump(_metadata(report, base), sort_keys=False)}---\n\n{body}\n").save(
+        folder / "README.md"
+    )
+
+
+def _metadata(report: Mapping[str, Any], base: str) -> dict[str, Any]:
+    return {
+        "base_model": base,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "loramux", f"loramux:{report['method']}", f"base_model:adapter:{base}"],
+    }
+
+
+def _examples(examples: Any) -> str:
+    if not examples:
+        return ""
+    rows = "\n".join(f"| {_cell(row['input'])} | {_cell(row['target'])} |" for row in examples)
+    return f"| input | answer |\n|---|---|\n{rows}"
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    if not scores:
+        return ""
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
+    return f"## Scores\n\n| system | test metric |\n|---|---|\n{rows}"
+
+
+def _fidelity(report: Mapping[str, Any]) -> str:
+    fidelity = report["fidelity"]
+    text = (
+        f"## Fidelity\n\nExported from a routed `{report['method']}` mixture ({report['how']}, rank {report['rank']}) "
+        f"and compared with it on {fidelity['tokens']} held-out answer tokens:\n\n"
+        "| measure | value |\n|---|---|\n"
+        f"| divergence, nats per token | {fidelity['token_kl']:.2e} |\n"
+        f"| the same for the base alone | {fidelity['base_kl']:.2e} |\n"
+        f"| same most likely token | {fidelity['top1_agreement']:.4f} |\n"
+        f"| largest logit difference | {fidelity['max_logit_difference']:.2e} |"
+    )
+    if report["faults"]:
+        text += "\n\n**Lossy export:** " + "; ".join(report["faults"]) + "."
+    return text
+
+
+def _loading(base: str, revision: str | None) -> str:
+    pinned = f', revision="{revision}"' if revision else ""
+    return f"""## Use
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}"{pinned})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+```
+
+vLLM: `vllm serve {base} --enable-lora --lora-modules NAME=THIS_FOLDER`"""
+
+
+def _cell(text: str) -> str:
+    return " ".join(str(text).replace("|", "\\|").split())
