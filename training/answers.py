@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from ..adapters.hub import LoramuxModel
+
 Tokens = Sequence[int]
 _LOGIT_BUDGET = 2**26  # floats of one block of log-probabilities: 256 MB
 _MOST_COPIES = 16
@@ -34,6 +36,8 @@ class Respondent:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, routing: Mapping[str, Any] | None = None
     ) -> None:
         self.model, self.tokenizer, self.routing = model, tokenizer, dict(routing or {})
+        tuner = getattr(model, "base_model", None)
+        self._hub = tuner if isinstance(tuner, LoramuxModel) else None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self._accepted = set(inspect.signature(base.forward).parameters)
         self._positions: int | None = getattr(base.config, "max_position_embeddings", None)
@@ -56,8 +60,9 @@ class Respondent:
         return [part.tolist() for part in scores.split([len(listed) for listed in options])]
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Tokens], max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, each up to its end token and at most `max_new_tokens` long."""
+    def generate(self, prompts: Sequence[Tokens], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> list[list[int]]:
+        """Greedy answers, each up to the first of `stop_ids` (default: the end of sequence) and no longer than told."""
+        stops = list(stop_ids) or [i for i in [self.tokenizer.eos_token_id] if i is not None]
         ids, mask = left_padded(prompts, self.pad_id, self.device)
         if self._positions is not None:
             max_new_tokens = max(1, min(max_new_tokens, self._positions - ids.shape[1]))
@@ -66,21 +71,36 @@ class Respondent:
             do_sample=False,
             num_beams=1,
             pad_token_id=self.pad_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=stops or None,
         )
         produced = self.model.generate(  # type: ignore[operator]
             input_ids=ids, attention_mask=mask, generation_config=settings, **self.routing
         )
-        return [self._until_end(row) for row in produced[:, ids.shape[1] :].tolist()]
+        return [_until(row, stops) for row in produced[:, ids.shape[1] :].tolist()]
 
-    def _until_end(self, tokens: list[int]) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        return tokens[: tokens.index(end)] if end in tokens else tokens
+    def routes(self) -> list[str] | None:
+        """The task whose expert got each prompt of the last call; None unless a router picks experts by task."""
+        if self._hub is None or not self._hub.routes_by_prompt:
+            return None
+        names, decisions = self._hub.tasks, list(self._hub.context.decisions.values())
+        if len(decisions) != 1 or decisions[0].shape[-1] != len(names):
+            return None
+        return [names[gate] for gate in decisions[0].argmax(-1).tolist()]
 
     def _forward(
-        self, ids: Tensor, mask: Tensor, keep: int, use_cache: bool = False, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        keep: int,
+        use_cache: bool = False,
+        cache: Cache | None = None,
+        prompt: Tensor | None = None,
     ) -> tuple[Tensor, Cache | None]:
-        """Logits of the last `keep` positions, and the cache when asked for."""
+        """Logits of the last `keep` positions, and the cache when asked for.
+
+        Args:
+            prompt: `(batch, tokens)`, where a router may look when that is not everything.
+        """
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         extras = {
             "position_ids": positions,
@@ -89,6 +109,8 @@ class Respondent:
             "past_key_values": cache,
         }
         extras = {name: value for name, value in extras.items() if name in self._accepted and value is not None}
+        if self._hub is not None and prompt is not None:
+            extras["routing_mask"] = prompt
         out = self.model(input_ids=ids, attention_mask=mask, **extras, **self.routing)
         return out.logits[:, -keep:], getattr(out, "past_key_values", None) if use_cache else None
 
@@ -102,7 +124,10 @@ class Respondent:
             logits, _ = self._forward(ids, seen, keep=ids.shape[1], use_cache=True, cache=past)
             return logits.float().log_softmax(-1)
         whole = [[*prompts[row // block.copies], *tokens] for row, tokens in enumerate(block.rows)]
-        logits, _ = self._forward(*left_padded(whole, self.pad_id, self.device), keep=block.width)
+        ids, seen = left_padded(whole, self.pad_id, self.device)
+        lengths = torch.tensor([len(tokens) for tokens in block.rows], device=self.device)
+        prompt = seen.bool() & (torch.arange(ids.shape[1], device=self.device) < ids.shape[1] - lengths[:, None])
+        logits, _ = self._forward(ids, seen, keep=block.width, prompt=prompt)
         shifted = [row.roll(len(tokens), 0) for row, tokens in zip(logits, block.rows, strict=True)]
         return torch.stack(shifted).float().log_softmax(-1)
 
@@ -143,6 +168,10 @@ def _picks(block: _Block, flat: list[tuple[int, tuple[int, ...]]]) -> list[list[
         for place in range(len(option) - 1)
     ]
     return [list(column) for column in zip(*picks, strict=True)]
+
+
+def _until(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stops), len(tokens))]
 
 
 def _can_be_copied(cache: Cache | None) -> bool:

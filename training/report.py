@@ -1,0 +1,209 @@
+"""The result of a run as one table: per task what the base, a plain LoRA, the method and its exports score."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..support.console import show_table
+from ..support.errors import RunError
+
+Scores = dict[str, dict[str, float]]
+COLUMNS = {
+    "base": "base",
+    "lora": "matched LoRA",
+    "auto": "router decides",
+    "named": "task named",
+    "exported": "exported",
+}
+"""What is scored, in the order of the table, and how it is called there."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task as the table shows it; `metric` is its main one."""
+
+    name: str
+    metric: str
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything the final table and its plots are made of.
+
+    Attributes:
+        title: the method, in words.
+        run: what a reader must know beside the scores: base, method, options, parameters, seed, split.
+        tasks: in the order of the table.
+        scores: per column (a key of `COLUMNS`), per task, the metrics and the loss.
+        exports: per task how its export was made and what it lost.
+    """
+
+    title: str
+    run: dict[str, Any]
+    tasks: list[TaskInfo]
+    scores: dict[str, Scores]
+    exports: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        return [column for column in COLUMNS if column in self.scores]
+
+    @property
+    def main_column(self) -> str | None:
+        """The method as it is used: its router decides, or the task is named where there is no such router."""
+        return next((column for column in ("auto", "named") if column in self.scores), None)
+
+    def value(self, column: str, task: TaskInfo) -> float:
+        """The main metric of a task."""
+        return self.scores[column][task.name][task.metric]
+
+    def mean(self, column: str) -> float:
+        """The mean over tasks of their main metrics."""
+        return sum(self.value(column, task) for task in self.tasks) / len(self.tasks)
+
+    def worst(self, column: str) -> float:
+        return min(self.value(column, task) for task in self.tasks)
+
+    def routing_accuracy(self, task: TaskInfo) -> float | None:
+        """How often the router picked the task's own expert, where experts belong to tasks."""
+        return self.scores.get("auto", {}).get(task.name, {}).get("routing_accuracy")
+
+    def to_data(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            **asdict(self),
+            "summary": {c: {"mean": self.mean(c), "worst": self.worst(c)} for c in self.columns},
+        }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any], where: str) -> "Results":
+        """The inverse of `to_data`.
+
+        Raises:
+            RunError: when `data` is not what this version writes.
+        """
+        if data.get("format") != FORMAT:
+            raise RunError(f"{where}: format {data.get('format')!r} is not {FORMAT}; run `loramux evaluate` again")
+        try:
+            tasks = [TaskInfo(**task) for task in data["tasks"]]
+            parts = {key: data[key] for key in ("title", "run", "scores", "exports")}
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{where}: not a results file ({error}); run `loramux evaluate` again") from None
+        return cls(tasks=tasks, **parts)
+
+
+def header(results: Results) -> list[str]:
+    gains = [f"vs {COLUMNS[other]}" for other in _compared(results)]
+    routed = ["routed right"] if _shows_routing(results) else []
+    return ["task", "metric", *(COLUMNS[column] for column in results.columns), *gains, *routed]
+
+
+def rows(results: Results) -> list[list[str]]:
+    """One row per task, then the mean and the worst task; scores in per cent."""
+    columns = results.columns
+    lines = [
+        _row(results, task.name, task.metric, {c: results.value(c, task) for c in columns}, task)
+        for task in results.tasks
+    ]
+    lines.append(_row(results, "mean", "", {column: results.mean(column) for column in columns}))
+    lines.append(_row(results, "worst task", "", {column: results.worst(column) for column in columns}))
+    return lines
+
+
+def show(results: Results) -> None:
+    """Print the table."""
+    show_table(f"{results.title}: {_caption(results)}", header(results), rows(results))
+
+
+def to_markdown(results: Results) -> str:
+    """The whole report: what was run, the table, the exports."""
+    parts = [f"# {results.title}", _caption(results) + ".", markdown_table(header(results), rows(results))]
+    if results.exports:
+        parts += ["## Exports", _EXPORT_NOTE, markdown_table(*_export_table(results))]
+    described = [f"- `{task.name}`: {task.description}" for task in results.tasks if task.description]
+    if described:
+        parts += ["## Tasks", "\n".join(described)]
+    facts = [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in results.run.items()]
+    parts += ["## Run", "\n".join(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A pipe table with aligned source; the first column left, the others right."""
+    cells = [[_escaped(cell) for cell in line] for line in (head, *lines)]
+    widths = [max(3, *(len(line[i]) for line in cells)) for i in range(len(head))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        for line in cells
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def gain(value: float) -> str:
+    """A difference in points, signed; a zero has no sign."""
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+_EXPORT_NOTE = (
+    "Each task as a plain PEFT LoRA. `token KL` is the mean divergence (nats) of its next-token distributions from the "
+    "routed model's on held-out answers; `base KL` is that of the base without any adapter, as a scale."
+)
+
+
+def _row(
+    results: Results, name: str, metric: str, values: Mapping[str, float], task: TaskInfo | None = None
+) -> list[str]:
+    main = results.main_column
+    gains = [gain(values[main] - values[other]) if main else "" for other in _compared(results)]
+    routed = [_routed_right(results, task)] if _shows_routing(results) else []
+    return [name, metric, *(percent(values[column]) for column in results.columns), *gains, *routed]
+
+
+def _routed_right(results: Results, task: TaskInfo | None) -> str:
+    chosen = results.tasks if task is None else [task]
+    known = [share for share in map(results.routing_accuracy, chosen) if share is not None]
+    return percent(sum(known) / len(known)) if known else ""
+
+
+def _compared(results: Results) -> list[str]:
+    return [column for column in ("base", "lora") if column in results.scores and results.main_column]
+
+
+def _shows_routing(results: Results) -> bool:
+    return any(results.routing_accuracy(task) is not None for task in results.tasks)
+
+
+def _caption(results: Results) -> str:
+    split = results.run.get("split", "test")
+    main = results.main_column
+    used = f"; gains are of '{COLUMNS[main]}'" if main and _compared(results) else ""
+    return f"main metric per task on the {split} split, in per cent{used}"
+
+
+def _export_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    columns = ("kind", "rank", "token_kl", "base_kl", "top1_agreement", "score")
+    head = ["task", *(column.replace("_", " ").replace("kl", "KL") for column in columns)]
+    lines = [[name, *(_plain(facts.get(column, "")) for column in columns)] for name, facts in results.exports.items()]
+    return head, lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_plain(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")

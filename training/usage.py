@@ -1,0 +1,62 @@
+"""Who is used by whom once a model is trained: task x expert routing over the examples of a split."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..routing import Granularity, LayerUsage, RoutingStatistics
+from ..tasks import EncodedTask
+from .answers import right_padded
+from .evaluate import Question, Routing, eval_mode, hub_of, questions, routing_of
+
+
+@torch.no_grad()
+def routing_usage(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[EncodedTask],
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> RoutingStatistics | None:
+    """Task x expert usage of every router over prompts and reference answers; None for a method without routers.
+
+    A method that routes by task is told the task; every other one decides for itself, from what it would see in use.
+    """
+    hub = hub_of(model)
+    if hub is None or hub.granularity == Granularity.FIXED:
+        return None
+    routing: Routing = "named" if hub.needs_task else "auto"
+    usage = RoutingStatistics([task.name for task in tasks])
+    with eval_mode(model):
+        for row, task in enumerate(tasks):
+            rows = questions(task, split, limit)
+            with hub.collect_statistics() as own:
+                for start in range(0, len(rows), batch_size):
+                    _read(model, tokenizer, rows[start : start + batch_size], task.name, routing)
+            for name, layer in own.layers.items():
+                _add(usage, name, row, layer)
+    return usage
+
+
+def _read(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], task: str, routing: Routing
+) -> None:
+    """Run examples through the model once; a router of prompts does not see the answers."""
+    device = next(model.parameters()).device
+    ids, mask = right_padded([q.encoded.input_ids for q in rows], tokenizer.pad_token_id or 0, device)
+    lengths = torch.tensor([q.encoded.prompt_length for q in rows], device=device)
+    prompt = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)
+    model(input_ids=ids, attention_mask=mask, routing_mask=prompt, **routing_of(model, task, routing))
+
+
+def _add(usage: RoutingStatistics, name: str, row: int, own: LayerUsage) -> None:
+    """Put all that was counted for one task into its row."""
+    tasks, gates = len(usage.tasks), own.weights.shape[-1]
+    layer = usage.layers.setdefault(name, LayerUsage(torch.zeros(tasks, gates), torch.zeros(tasks), torch.zeros(tasks)))
+    layer.weights[row] += own.weights.sum(0)
+    layer.tokens[row] += own.tokens.sum()
+    layer.entropy[row] += own.entropy.sum()
