@@ -37,6 +37,7 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
         self.loramux_branches = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._merged_factors: list[LowRank] = []
         self.in_features, self.out_features = _features(self.get_base_layer(), name)
 
     def update_layer(self, adapter: str, method: MethodConfig, tasks: int, inference_mode: bool = False) -> None:
@@ -94,19 +95,20 @@ class LoramuxLayer(nn.Module, BaseTunerLayer):
         if names and not (type(base) is nn.Linear or isinstance(base, Conv1D)):
             raise AdapterError(f"{self.name}: cannot merge into a {type(base).__name__}; load the base unquantised")
         for name in names:
-            delta = self._oriented(self.get_delta_weight(name))
-            merged = base.weight + delta.to(base.weight.dtype)
+            factors = self.factors(name)
+            merged = base.weight + self._oriented(factors.delta()).to(base.weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise AdapterError(f"{self.name}: merging adapter {name!r} gives values that are not finite")
             base.weight.data = merged
             self.merged_adapters.append(name)
+            self._merged_factors.append(factors)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         base: Any = self.get_base_layer()
         while self.merged_adapters:
-            delta = self._oriented(self.get_delta_weight(self.merged_adapters.pop()))
-            base.weight.data = base.weight - delta.to(base.weight.dtype)
+            self.merged_adapters.pop()
+            base.weight.data = base.weight - self._oriented(self._merged_factors.pop().delta()).to(base.weight.dtype)
 
     def _oriented(self, delta: Tensor) -> Tensor:
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta

@@ -69,10 +69,15 @@ class RoutingContext:
         mask = self.mask_for(x)
         if self.statistics is not None:
             self.statistics.add(layer, decision.weights, mask, tasks)
-        if self.recording and router.training:
+        if not router.training:
+            return
+        if router.config.balance_loss:
+            # Computed in the recomputation of a checkpointed block too, which must repeat the forward pass exactly.
+            loss = router.config.balance_loss * balance_loss(decision, mask)
+            if self.recording:
+                self.losses.append(loss)
+        if self.recording:
             router.count_load(decision.weights, mask)
-            if router.config.balance_loss:
-                self.losses.append(router.config.balance_loss * balance_loss(decision, mask))
 
 
 def prompt_mask(attention_mask: Tensor, labels: Tensor | None) -> Tensor:

@@ -1,3 +1,5 @@
+from pydantic import PositiveInt
+
 from ...routing import Argmax, PooledPrompt, RouterConfig
 from ..banks import BankConfig
 from ..branch import BranchConfig
@@ -8,12 +10,12 @@ from ..registry import MethodConfig, StageConfig, register_method
 def moa(
     num_tasks: int,
     *,
-    rank: int = 8,
+    rank: PositiveInt = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
     label_loss: float = 1.0,
     router_share: float = 0.25,
-    router_hidden: int | None = None,
+    router_hidden: PositiveInt | None = None,
 ) -> MethodConfig:
     """One LoRA per task and a router that picks one for the whole sequence from the prompt.
 

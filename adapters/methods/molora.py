@@ -1,3 +1,5 @@
+from pydantic import PositiveInt
+
 from ...routing import RouterConfig, TokenLinear, TopK
 from ..banks import BankConfig
 from ..branch import BranchConfig
@@ -8,9 +10,9 @@ from ..registry import MethodConfig, register_method
 def molora(
     num_tasks: int,
     *,
-    experts: int = 8,
-    rank: int = 8,
-    top_k: int = 2,
+    experts: PositiveInt = 8,
+    rank: PositiveInt = 8,
+    top_k: PositiveInt = 2,
     alpha: float | None = None,
     balance_loss: float = 0.01,
     dropout: float = 0.0,

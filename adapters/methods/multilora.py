@@ -1,3 +1,5 @@
+from pydantic import PositiveInt
+
 from ..banks import BankConfig
 from ..branch import BranchConfig
 from ..registry import MethodConfig, register_method
@@ -5,7 +7,12 @@ from ..registry import MethodConfig, register_method
 
 @register_method("multilora", paper="Wang et al. 2023, MultiLoRA, arXiv:2311.11501")
 def multilora(
-    num_tasks: int, *, experts: int = 3, rank: int = 32, alpha: float | None = None, dropout: float = 0.05
+    num_tasks: int,
+    *,
+    experts: PositiveInt = 3,
+    rank: PositiveInt = 32,
+    alpha: float | None = None,
+    dropout: float = 0.05,
 ) -> MethodConfig:
     """Parallel LoRAs that are all on, each with a trainable scale per output unit that starts at zero.
 

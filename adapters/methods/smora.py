@@ -1,3 +1,5 @@
+from pydantic import PositiveInt
+
 from ...routing import RouterConfig, SigmoidTopK, TokenLinear
 from ..banks import BankConfig
 from ..branch import BranchConfig
@@ -8,9 +10,9 @@ from ..registry import MethodConfig, register_method
 def smora(
     num_tasks: int,
     *,
-    rank: int = 64,
-    top_k: int = 8,
-    block_size: int = 1,
+    rank: PositiveInt = 64,
+    top_k: PositiveInt = 8,
+    block_size: PositiveInt = 1,
     alpha: float = 16.0,
     balance_rate: float = 1e-5,
     dropout: float = 0.0,

@@ -1,0 +1,262 @@
+"""What every method must do, whatever it is: one suite over all presets."""
+
+import pytest
+import torch
+from cases import CASES, ONE_EXPERT, TASKS, a_batch, adapted, logits, task_of_rows, tiny_llama, train_a_little, trained
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from loramux.adapters import LoramuxConfig, count_parameters, exact_factors, find_method, method_config, methods
+from loramux.routing import Granularity
+from loramux.support.errors import AdapterError, ConfigError
+
+every_method = pytest.mark.parametrize("method", list(CASES))
+constant_methods = pytest.mark.parametrize(
+    "method", [m for m in CASES if method_config(m, num_tasks=3).granularity < Granularity.TOKEN]
+)
+token_methods = pytest.mark.parametrize(
+    "method", [m for m in CASES if method_config(m, num_tasks=3).granularity == Granularity.TOKEN]
+)
+
+
+def test_every_registered_method_has_a_row_in_the_suite():
+    assert set(methods()) == set(CASES) == set(ONE_EXPERT)
+
+
+@every_method
+def test_before_training_the_adapted_model_is_the_base(method):
+    assert torch.equal(logits(adapted(method).eval(), routing_tasks=task_of_rows()), logits(tiny_llama()))
+
+
+@every_method
+def test_exactly_the_adapter_is_trainable(method):
+    model = adapted(method)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    grouped = {name for group in model.base_model.parameter_groups().values() for name, _ in group}
+    assert trainable == {name for name, _ in model.named_parameters() if "loramux_" in name}
+    assert {f"base_model.{name}" for name in grouped} == trainable
+
+
+@every_method
+def test_training_lowers_the_loss_moves_every_tensor_and_leaves_the_base_alone(method):
+    model = adapted(method)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = train_a_little(model, steps=8)
+    assert losses[-1] < losses[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("loramux_" not in name), name
+
+
+@every_method
+def test_with_one_expert_the_method_is_plain_lora_in_function_and_gradient(method):
+    model = trained(method, ONE_EXPERT[method], tasks=["only"])
+    hub = model.base_model
+    plain = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    factors = {}
+    for name, layer in hub.layers().items():
+        bank = layer.branches("default")[0].bank
+        factors[name] = (bank.down[0], bank.scaled_up()[0].T)
+        stock = plain.base_model.model.get_submodule(name)
+        stock.lora_A.default.weight.data.copy_(factors[name][0])
+        stock.lora_B.default.weight.data.copy_(factors[name][1])
+    torch.testing.assert_close(logits(model, routing_tasks="only"), logits(plain.eval()), atol=1e-5, rtol=1e-5)
+    hub.set_stage(hub.stages[0])
+    for one, extra in ((model, {"routing_tasks": "only"}), (plain, {})):
+        one.train()
+        one(**a_batch(), **extra).loss.backward()
+    for name, layer in hub.layers().items():
+        stock = plain.base_model.model.get_submodule(name)
+        ours = layer.branches("default")[0].bank.down.grad[0]
+        torch.testing.assert_close(ours, stock.lora_A.default.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+@every_method
+def test_training_and_evaluation_mode_compute_the_same_function(method):
+    model = trained(method)
+    evaluated = logits(model, routing_tasks=task_of_rows())
+    model.train()
+    assert torch.equal(logits(model, routing_tasks=task_of_rows()), evaluated)
+
+
+@every_method
+def test_rows_do_not_see_each_other(method):
+    model = trained(method)
+    batch, ids = a_batch(), task_of_rows()
+    together = logits(model, routing_tasks=ids)
+    for row in range(len(ids)):
+        alone = model(
+            input_ids=batch["input_ids"][row : row + 1],
+            attention_mask=batch["attention_mask"][row : row + 1],
+            routing_tasks=ids[row : row + 1],
+        ).logits
+        keep = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(together[row][keep], alone[0][keep], atol=1e-5, rtol=1e-5)
+
+
+@constant_methods
+def test_both_execution_paths_are_one_function(method):
+    model = trained(method).double()
+    materialised = logits(model, routing_tasks=task_of_rows())
+    for layer in model.base_model.layers().values():
+        for branch in layer.branches("default"):
+            branch.prefer_core_path = True
+    torch.testing.assert_close(logits(model, routing_tasks=task_of_rows()), materialised, atol=1e-12, rtol=1e-12)
+
+
+@constant_methods
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+def test_export_is_exact_where_the_weights_are_constant(method, dtype, bound):
+    model = trained(method).to(dtype)
+    for task in TASKS:
+        factors = {}
+        with model.base_model.routing(task):
+            factors = {name: layer.factors("default") for name, layer in model.base_model.layers().items()}
+        routed = logits(model, routing_tasks=task)
+        with model.base_model.using_factors(factors):
+            assert (logits(model) - routed).abs().max() < bound
+
+
+@constant_methods
+def test_merged_equals_routed_and_unmerging_restores_the_base(method):
+    model = trained(method)
+    hub = model.base_model
+    routed = logits(model, routing_tasks="where")
+    with hub.routing("where"):
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), routed, atol=1e-5, rtol=1e-5)
+        model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, routing_tasks="where"), routed, atol=1e-5, rtol=1e-5)
+    with hub.routing("where"):
+        merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged) is type(tiny_llama())
+    torch.testing.assert_close(logits(merged), routed, atol=1e-5, rtol=1e-5)
+
+
+@token_methods
+def test_merging_or_exactly_exporting_a_token_routed_method_is_refused(method):
+    model = trained(method)
+    with pytest.raises(AdapterError, match="routes every token by itself"):
+        model.merge_and_unload()
+    with pytest.raises(AdapterError, match="routes every token by itself"):
+        exact_factors(model.base_model, "who")
+
+
+def test_merging_a_task_routed_method_without_naming_the_task_is_refused():
+    with pytest.raises(AdapterError, match="different weight update for each task"):
+        trained("moa").merge_and_unload()
+
+
+@every_method
+def test_a_saved_adapter_reloads_under_another_name_with_equal_logits(method, tmp_path):
+    model = trained(method)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="again").eval()
+    assert torch.equal(logits(again, routing_tasks=task_of_rows()), logits(model, routing_tasks=task_of_rows()))
+    assert torch.equal(logits(again), logits(model))
+
+
+@every_method
+def test_beams_keep_the_routing_of_their_row(method):
+    model = trained(method)
+    batch = a_batch(rows=3)
+    settings = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "num_return_sequences": 2}
+    together = model.generate(batch["input_ids"], routing_tasks=TASKS, **settings)
+    for row, task in enumerate(TASKS):
+        alone = model.generate(batch["input_ids"][row : row + 1], routing_tasks=task, **settings)
+        width = min(alone.shape[1], together.shape[1])
+        assert torch.equal(together[2 * row : 2 * row + 2, :width], alone[:, :width])
+
+
+@every_method
+def test_gradient_checkpointing_changes_no_gradient_and_no_balance(method):
+    gradients, biases = [], []
+    for checkpointing in (False, True):
+        model = adapted(method)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "loramux_" in name:
+                    p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        model(**a_batch(), routing_tasks=task_of_rows()).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        model.base_model.finish_step()
+        biases.append([b.clone() for n, b in model.named_buffers() if "selection_bias" in n])
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[1].values())
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(biases[0], biases[1])
+
+
+@every_method
+def test_the_reported_parameter_count_is_the_real_one(method):
+    model = adapted(method)
+    hub = model.base_model
+    shapes = [(layer.in_features, layer.out_features) for layer in hub.layers().values()]
+    config = method_config(method, num_tasks=len(TASKS), options=CASES[method])
+    counted = count_parameters(config, shapes, tasks=len(TASKS), hidden_size=32)
+    assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("method", "formula"),
+    [
+        ("lora", lambda i, o: 4 * (i + o)),
+        ("multilora", lambda i, o: 3 * 4 * (i + o) + 3 * o),
+        ("hydralora", lambda i, o: 4 * i + 3 * 4 * o + 3 * i),
+        ("molora", lambda i, o: 4 * 4 * (i + o) + 4 * i),
+        ("smora", lambda i, o: 16 * (i + o) + 16 * i),
+        ("moa", lambda i, o: 3 * 4 * (i + o)),
+    ],
+)
+def test_parameter_formulas_of_the_papers(method, formula):
+    config = method_config(method, num_tasks=3, options=CASES[method])
+    router = 3 * 32 if method == "moa" else 0
+    assert count_parameters(config, [(32, 48)], tasks=3, hidden_size=32) == formula(32, 48) + router
+
+
+@every_method
+def test_a_bfloat16_base_gets_float32_experts_and_trains(method):
+    torch.manual_seed(1)
+    config = LoramuxConfig(
+        method=method, options=CASES[method], tasks=TASKS, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(tiny_llama(dtype=torch.bfloat16), config)
+    assert {p.dtype for n, p in model.named_parameters() if "loramux_" in n} == {torch.float32}
+    assert {b.dtype for n, b in model.named_buffers() if "selection_bias" in n} <= {torch.float32}
+    losses = train_a_little(model, steps=6)
+    assert losses[-1] < losses[0]
+    assert logits(model, routing_tasks="who").dtype == torch.bfloat16
+
+
+@every_method
+def test_every_preset_documents_itself(method):
+    preset = find_method(method)
+    assert preset.summary.endswith(".")
+    assert "arXiv" in preset.paper
+
+
+def test_unknown_methods_and_options_name_the_nearest_valid_one():
+    with pytest.raises(ConfigError, match="unknown method 'smroa'; did you mean 'smora'"):
+        method_config("smroa", num_tasks=1)
+    with pytest.raises(ConfigError, match="unknown option 'rnak'; did you mean 'rank'"):
+        method_config("lora", num_tasks=1, options={"rnak": 8})
+    with pytest.raises(ConfigError, match="rank: Input should be a valid integer"):
+        method_config("lora", num_tasks=1, options={"rank": "big"})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lora", {"rank": 0}, "rank: Input should be greater than 0"),
+        ("molora", {"experts": 2, "top_k": 3}, r"top_k \(=3\) must be at most experts \(=2\)"),
+        ("smora", {"rank": 8, "top_k": 16}, r"top_k \(=16\) must be at most rank \(=8\)"),
+        ("smora", {"rank": 64, "block_size": 3}, r"block_size \(=3\) must divide rank \(=64\)"),
+        ("moa", {"router_share": 1.0}, r"router_share \(=1.0\) must be between 0 and 1"),
+        ("lora", {"dropout": 1.0}, r"dropout \(=1.0\) must be in"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_built(method, options, message):
+    with pytest.raises(ConfigError, match=message):
+        method_config(method, num_tasks=2, options=options)
