@@ -1,0 +1,118 @@
+"""One or many processes: the accelerator, DDP and FSDP wrapping, and tensors that may be sharded."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..support.errors import ConfigError, did_you_mean
+from .answer_logits import base_of
+from .recipe import TrainConfig
+
+
+def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Accelerator:
+    """The accelerator of a run; processes come from `accelerate launch` or `torchrun`.
+
+    Raises:
+        ConfigError: for a precision or a tracker this machine does not have, or a launcher set to shard on its own.
+    """
+    has_device = torch.accelerator.is_available()
+    if config.precision == "fp16" and not has_device:
+        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
+    _check_trackers(config.trackers)
+    AcceleratorState._reset_state()  # a later run in the same process may use another precision
+    accelerator = Accelerator(
+        cpu=not has_device,
+        mixed_precision=config.precision,
+        log_with=list(config.trackers) or None,
+        project_dir=folder / "trackers" if folder else None,
+        # Buffers are equal on all processes already. A model may hold linears that text never reaches.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError(
+            f"the launcher is set to {accelerator.distributed_type.value}; launch plain processes and say "
+            "train.distributed: fsdp in the recipe, which shards the same way on CPUs and GPUs"
+        )
+    return accelerator
+
+
+def shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard the weights of a PEFT model in place over all processes with torch's FSDP2, one unit per decoder layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model.to(accelerator.device)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    blocks = set(getattr(base_of(model), "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def gradients_kept_local(wrapped: nn.Module, model: Any, local: bool) -> Iterator[None]:
+    """While accumulating, leave gradients on their process; the last micro-batch reduces them all at once."""
+    sharded = hasattr(model, "set_requires_gradient_sync")
+    if sharded:
+        model.set_requires_gradient_sync(not local)
+    no_sync = getattr(wrapped, "no_sync", nullcontext)
+    with no_sync() if local else nullcontext():
+        yield
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor of a shard (every process must call this), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_full(target: Tensor, full: Tensor) -> None:
+    """Write a whole tensor into `target`, which may be a shard."""
+    full = full.to(device=target.device, dtype=target.dtype)
+    if isinstance(target, DTensor):
+        full = distribute_tensor(full, target.device_mesh, target.placements)
+    target.copy_(full)
+
+
+def rows_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """`values` (E,) as `[E, 1, ...]`, sharded like the stacked `parameter` `[E, ...]`."""
+    shaped = values.view(-1, *[1] * (parameter.dim() - 1)).to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(shaped, parameter.device_mesh, parameter.placements)
+    return shaped
+
+
+def all_sum(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """Sum a CPU tensor over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    total = values.to(accelerator.device)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def all_listed(items: Iterable[Any]) -> list[Any]:
+    """The items of all processes in one list."""
+    return gather_object(list(items))
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    return broadcast_object_list([value])[0]
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(f"train.trackers: unknown tracker {name!r}; {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}")

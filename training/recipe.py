@@ -1,0 +1,195 @@
+"""A run, written down: one validated recipe in YAML, Python or `--set key=value`."""
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..support.config import apply_overrides, config, load_yaml, parse, to_data
+from ..support.errors import ConfigError
+from ..tasks import MixtureConfig
+
+BUNDLED_TASKS = "default"
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@config
+class BaseConfig:
+    """The frozen model: the bundled base's name, a Hugging Face id or a folder."""
+
+    model: str = "loramux/tiny"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    known_as: str | None = None
+    """The Hub id that a local folder is a copy of; adapters name their base by it."""
+
+
+@config
+class MethodChoice:
+    """What is added to it: a method by name (`loramux methods` lists them) and the options it takes."""
+
+    name: str = "moa"
+    options: dict[str, Any] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+@config
+class TrainConfig:
+    """How it is trained. Sizes are global: the same numbers mean the same run on one or many processes."""
+
+    steps: int = 400
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 3e-3
+    router_learning_rate: float | None = None
+    """None: the learning rate."""
+    task_logit_learning_rate: float | None = None
+    """None: ten times the learning rate (per-task routing tables need larger steps than weights)."""
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.06
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip: float | None = 1.0
+    precision: Precision = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    max_length: int | None = None
+    """None: what the model takes."""
+    eval_every: int | None = None
+    """Steps between evaluations; None: a quarter of the run."""
+    save_every: int | None = None
+    """Steps between checkpoints; None: a quarter of the run."""
+    keep_checkpoints: int = 2
+    early_stop: int | None = None
+    """Stop after this many evaluations in a row without a better mean metric."""
+    log_every: int = 10
+    trackers: tuple[str, ...] = ()
+    """Accelerate's names: tensorboard, wandb, mlflow, ..."""
+    seed: int = 0
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes share: copies (ddp) or fully sharded weights (fsdp)."""
+    only_tasks: tuple[str, ...] | None = None
+    """Train the experts of these tasks; the others keep their weights bit for bit (methods with an expert per task)."""
+    start_from: str | None = None
+    """A finished run or mixture folder whose experts to start from, matched by task name."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "steps", "batch_size", "accumulation", "log_every", "keep_checkpoints")
+        _at_least_one(
+            self,
+            *(n for n in ("eval_every", "save_every", "early_stop", "max_length") if getattr(self, n) is not None),
+        )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio (={self.warmup_ratio}) must be in [0, 1)")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate (={self.learning_rate}) must be above 0")
+
+
+@config
+class BaselineConfig:
+    """The plain LoRA of equal parameter count that is trained beside every method."""
+
+    enabled: bool = True
+    learning_rate: float | None = None
+    """None: the recipe's learning rate."""
+
+
+@config
+class EvaluateConfig:
+    """How the result is measured."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    limit: int | None = None
+    """Examples per task at the end; None: all."""
+    during_limit: int | None = 64
+    """Validation examples per task while training."""
+    batch_size: int = 64
+
+
+@config
+class ExportConfig:
+    """Which plain LoRAs leave the run."""
+
+    enabled: bool = True
+    allow_lossy: bool = False
+
+
+@config
+class Recipe:
+    """Everything a run depends on."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    tasks: str | list[dict[str, Any]] = BUNDLED_TASKS
+    """A task file, `default`, or the tasks themselves."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    method: MethodChoice = field(default_factory=MethodChoice)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def load_recipe(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe; without a path, the default one.
+
+    Paths in the file are relative to the file, paths in overrides to the working directory.
+
+    Args:
+        overrides: `dotted.key=value` strings, as `--set` takes them.
+
+    Raises:
+        ConfigError: naming the file or the override and the dotted key, with the nearest valid key.
+    """
+    data: Mapping[str, Any] = {}
+    if path is not None:
+        data = load_yaml(path) or {}
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{path}: a recipe is a mapping of keys, not {type(data).__name__}")
+        data = resolve_paths(data, Path(path).absolute().parent)
+    merged = apply_overrides(data, overrides)
+    return parse(Recipe, resolve_paths(merged, Path.cwd()), where=str(path or "--set"))
+
+
+def dump_recipe(recipe: Recipe, folder: Path) -> str:
+    """The recipe as YAML, its paths relative to `folder` (the folder it is about to be written into)."""
+    return yaml.safe_dump(_map_paths(to_data(recipe), lambda p: _relative(p, folder)), sort_keys=False)
+
+
+def resolve_paths(data: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Make the relative paths of recipe data absolute; ids (`owner/name`) that are no folder under `root` stay."""
+    return _map_paths(data, lambda path: path if os.path.isabs(path) else _absolute(path, root))
+
+
+def _map_paths(data: Mapping[str, Any], change: Any) -> dict[str, Any]:
+    result = copy.deepcopy(dict(data))
+    tasks = result.get("tasks")
+    if isinstance(tasks, str) and tasks != BUNDLED_TASKS:
+        result["tasks"] = change(tasks)
+    for task in tasks if isinstance(tasks, list) else ():
+        source = task.get("source") if isinstance(task, dict) else None
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = change(source["path"])
+    for section, key in (("base", "model"), ("train", "start_from")):
+        part = result.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = change(part[key])
+    return result
+
+
+def _absolute(path: str, root: Path) -> str:
+    candidate = root / path
+    return os.path.normpath(candidate) if candidate.exists() or path.startswith(".") else path
+
+
+def _relative(path: str, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix() if os.path.isabs(path) else path
+
+
+def _at_least_one(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} (={value}) must be at least 1")

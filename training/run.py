@@ -1,0 +1,183 @@
+"""A whole run: from a recipe to a finished run folder, and back from the folder to the model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from ..adapters import LoramuxConfig
+from ..bases import base_identity, load_base
+from ..support.console import say
+from ..support.errors import ConfigError, LoramuxError
+from ..tasks import EncodedTask, Mixture, Task, encode_task, load_tasks
+from .batches import MixtureBatches
+from .distributed import from_main, make_accelerator
+from .loop import Evaluate, Trainer
+from .recipe import Recipe
+from .run_folder import RunFolder, base_fingerprint
+from .state import adapter_weights
+from .warm_start import start_from
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run: the model with its adapters, in evaluation mode, and what it was trained on."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[Task]
+    recipe: Recipe
+    folder: RunFolder
+
+
+def train_run(
+    recipe: Recipe, folder: str | Path, *, resume: bool = False, evaluate: Evaluate | None = None
+) -> TrainedRun:
+    """Train what the recipe says and leave the result in `folder`.
+
+    Several processes (started by `accelerate launch` or `torchrun`) call this alike and share the folder's disk.
+
+    Args:
+        resume: go on from the newest whole checkpoint in `folder`; a finished run is just opened.
+        evaluate: `evaluate(model, step)`, called on every process; its `metric` picks the best weights.
+
+    Raises:
+        ConfigError, DataError, AdapterError: the recipe, its tasks or its method cannot be used.
+        RunError: the folder holds another run, or cannot be written.
+        TrainingDiverged: see `Trainer.train`.
+    """
+    run = RunFolder(folder)
+    accelerator = make_accelerator(recipe.train, run.path)
+    if on_main(accelerator, lambda: run.open(recipe, resume=resume)) == "finished":
+        say(f"{run.path}: this run is finished")
+        return load_run(run.path)
+    base, tokenizer = load_base(recipe.base.model, dtype=recipe.base.dtype, revision=recipe.base.revision)
+    on_main(accelerator, lambda: run.note_environment(base, recipe, accelerator.num_processes))
+    tasks = load_tasks(recipe.tasks)
+    model = build_model(base, recipe, [task.name for task in tasks])
+    batches = build_batches(recipe, tasks, tokenizer, base, accelerator)
+    _start_trackers(accelerator, recipe)
+    Trainer(model, batches, recipe.train, accelerator, run, evaluate).train()
+    weights = adapter_weights(model)
+    on_main(accelerator, lambda: run.write_mixture(model, weights))
+    accelerator.end_training()
+    return load_run(run.path, tasks=tasks)
+
+
+def load_run(folder: str | Path, *, tasks: list[Task] | None = None) -> TrainedRun:
+    """Open a finished run, in this process or any other.
+
+    Args:
+        tasks: the run's tasks, if they are loaded already.
+
+    Raises:
+        RunError: this is no finished run, a file of its mixture is damaged, or the base is not the one it belongs to.
+    """
+    run = RunFolder(folder)
+    mixture = run.verify_mixture()
+    recipe = run.read_recipe()
+    base, tokenizer = load_base(recipe.base.model, dtype=recipe.base.dtype, revision=recipe.base.revision)
+    run.check_base(base_fingerprint(base), recipe.base.model)
+    model = PeftModel.from_pretrained(base, str(mixture)).eval()
+    return TrainedRun(model, tokenizer, load_tasks(recipe.tasks) if tasks is None else tasks, recipe, run)
+
+
+def build_model(base: Any, recipe: Recipe, task_names: Sequence[str]) -> PeftModel:
+    """Put the recipe's method on a base, with the recipe's seed and, if it says so, earlier weights.
+
+    Raises:
+        ConfigError: the method or its options are not valid, or `method.target_modules` matches nothing.
+    """
+    set_seed(recipe.train.seed)
+    targets = recipe.method.target_modules
+    config = LoramuxConfig(
+        method=recipe.method.name,
+        options=dict(recipe.method.options),
+        tasks=list(task_names),
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=_base_name(recipe),
+    )
+    try:
+        model: Any = get_peft_model(base, config)
+    except LoramuxError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"method.target_modules (={targets!r}): {error}") from None
+    config.base_model_name_or_path = _base_name(recipe)  # PEFT puts the path of this machine there
+    if recipe.train.start_from is not None:
+        start_from(model, Path(recipe.train.start_from))
+    if recipe.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.train.compile:
+        model.compile(dynamic=True)
+    return model
+
+
+def build_batches(
+    recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, base: Any, accelerator: Accelerator
+) -> MixtureBatches:
+    """Encode the tasks and order them; what is too long for the model is counted and told."""
+    max_length = recipe.train.max_length or getattr(base.config, "max_position_embeddings", None) or 1024
+    encoded = [encode_task(task, tokenizer, max_length=max_length) for task in tasks]
+    for task in encoded if accelerator.is_main_process else ():
+        for note in task.notes:
+            say(f"{task.name}: {note}")
+    return MixtureBatches(
+        encoded,
+        _mixture(recipe, encoded),
+        pad_id=tokenizer.pad_token_id or 0,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        parts=recipe.train.accumulation,
+        only=_only(recipe, encoded),
+    )
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do something once, on the main process; its result, or its error, is every process's."""
+    result: Any = None
+    error: LoramuxError | None = None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except LoramuxError as raised:
+            error = raised
+    result, error = from_main((result, error)) if accelerator.num_processes > 1 else (result, error)
+    if error is not None:
+        raise error
+    return result
+
+
+def _mixture(recipe: Recipe, tasks: Sequence[EncodedTask]) -> Mixture:
+    config, lengths = recipe.mixture, {task.name: task.lengths for task in tasks}
+    if config.weights is not None and recipe.train.only_tasks is not None:
+        config = replace(config, weights={name: share for name, share in config.weights.items() if name in lengths})
+    return Mixture(lengths, config, batch_size=recipe.train.batch_size, seed=recipe.train.seed)
+
+
+def _only(recipe: Recipe, tasks: Sequence[EncodedTask]) -> tuple[Mixture, list[int]] | None:
+    if recipe.train.only_tasks is None:
+        return None
+    numbers = [number for number, task in enumerate(tasks) if task.name in recipe.train.only_tasks]
+    return _mixture(recipe, [tasks[number] for number in numbers]), numbers
+
+
+def _base_name(recipe: Recipe) -> str:
+    """The base as others can find it; for a folder nobody else has, its path is the best there is."""
+    try:
+        return base_identity(recipe.base.model, revision=recipe.base.revision, known_as=recipe.base.known_as).name
+    except ConfigError:
+        return recipe.base.model
+
+
+def _start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    if recipe.train.trackers:
+        accelerator.init_trackers("loramux", config={"method": recipe.method.name, "seed": recipe.train.seed})

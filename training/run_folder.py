@@ -1,0 +1,224 @@
+"""What a run leaves behind, and what tells one run from another.
+
+recipe.yaml        the recipe as resolved
+environment.json   versions, seed, revision, machine; the fingerprint of the base
+metrics.jsonl      one line per log entry
+checkpoints/       for exact resume
+mixture/           the result: a PEFT folder with a manifest; it exists once the run is finished
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..support.config import load_yaml, parse, to_data
+from ..support.errors import RunError
+from ..support.files import atomic_folder, write_json, write_text
+from .checkpoint import check_tensors, verify_manifest, write_manifest
+from .recipe import Recipe, dump_recipe, resolve_paths
+from .state import peft_names
+
+_PACKAGES = ("loramux", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
+_FREE_KEYS = ("train.log_every", "train.trackers", "train.keep_checkpoints", "baseline", "evaluate", "export")
+"""Keys that may differ on resume: they do not change what is learnt."""
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe_file, self.environment_file = self.path / "recipe.yaml", self.path / "environment.json"
+        self.metrics_file, self.checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
+        self.mixture = self.path / "mixture"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.mixture.is_dir()
+
+    def open(self, recipe: Recipe, *, resume: bool) -> Literal["new", "resumed", "finished"]:
+        """Take the folder for a run of `recipe`.
+
+        Raises:
+            RunError: it holds another run, or this one and `resume` was not asked for, or files of something else.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe_file, dump_recipe(recipe, self.path.absolute()))
+            return "new"
+        if not self.recipe_file.is_file():
+            raise RunError(f"{self.path}: not empty and not a run folder (no recipe.yaml); name another folder")
+        if not resume:
+            state = "a finished run" if self.is_finished else "an unfinished run"
+            raise RunError(f"{self.path}: holds {state}; resume it (--resume) or name another folder")
+        self._refuse_other_recipe(recipe)
+        return "finished" if self.is_finished else "resumed"
+
+    def read_recipe(self) -> Recipe:
+        """The recipe this folder was made with.
+
+        Raises:
+            RunError: this is no run folder.
+        """
+        if not self.recipe_file.is_file():
+            raise RunError(f"{self.path}: not a run folder (no recipe.yaml)")
+        data = resolve_paths(load_yaml(self.recipe_file), self.path.absolute())
+        return parse(Recipe, data, where=str(self.recipe_file))
+
+    def note_environment(self, model: nn.Module, recipe: Recipe, processes: int) -> None:
+        """Write versions, seed, revision, machine and the base's fingerprint; on resume, check the latter.
+
+        Raises:
+            RunError: the folder belongs to another base model.
+        """
+        fingerprint = base_fingerprint(model)
+        self.check_base(fingerprint, recipe.base.model)
+        machine = {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(), **_devices()}
+        environment = {
+            "base_fingerprint": fingerprint,
+            "seed": recipe.train.seed,
+            "processes": processes,
+            "git_revision": _git_revision(),
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in _PACKAGES},
+            "hardware": machine,
+        }
+        write_json(self.environment_file, environment)
+
+    def check_base(self, fingerprint: str, name: str) -> None:
+        """Raise RunError when this run was trained on other base weights than those with `fingerprint`."""
+        if not self.environment_file.is_file():
+            return
+        noted = json.loads(self.environment_file.read_text(encoding="utf-8")).get("base_fingerprint")
+        if noted != fingerprint:
+            raise RunError(
+                f"{self.path}: trained on another base model than {name!r} as it is now (its weights differ); "
+                "give the base it was trained on (base.model, base.revision, base.dtype), or name another folder"
+            )
+
+    # ------------------------------------------------------------------ metrics
+
+    def log(self, step: int, values: Mapping[str, float], **labels: str) -> None:
+        """Append one line to the metrics."""
+        line = json.dumps({"step": step, **labels, **values})
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All metric lines; a last line torn by a kill is left out.
+
+        Raises:
+            RunError: a line other than the last is not readable.
+        """
+        return [entry for _, entry in self._metric_lines()]
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop what was logged after `step`, and a torn last line, so that a resumed run logs every step once."""
+        if self.metrics_file.is_file():
+            kept = [line for line, entry in self._metric_lines() if entry["step"] <= step]
+            write_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
+
+    def _metric_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not self.metrics_file.is_file():
+            return
+        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield line, json.loads(line)
+            except ValueError:
+                if number < len(lines):
+                    raise RunError(f"{self.metrics_file}, line {number}: not readable as JSON") from None
+
+    # ------------------------------------------------------------------ the result
+
+    def write_mixture(self, model: Any, weights: Mapping[str, Tensor]) -> Path:
+        """Save the trained adapter as a PEFT folder and read it back.
+
+        Args:
+            model: the PEFT model.
+            weights: its adapter tensors by the model's own keys, whole and on the CPU.
+
+        Raises:
+            RunError: what PEFT wrote is not, name for name and bit for bit, what the model holds.
+        """
+        with atomic_folder(self.mixture) as staging:
+            model.save_pretrained(staging, state_dict=dict(weights), save_embedding_layers=False)
+            check_tensors(staging / "adapter_model.safetensors", peft_names(model, weights))
+            write_manifest(staging)
+        return self.mixture
+
+    def verify_mixture(self) -> Path:
+        """The mixture folder, checked against its manifest.
+
+        Raises:
+            RunError: the run is not finished, or a file of the mixture was truncated or changed.
+        """
+        if not self.recipe_file.is_file():
+            raise RunError(f"{self.path}: not a run folder (no recipe.yaml)")
+        if not self.is_finished:
+            raise RunError(f"{self.path}: the run is not finished (no mixture folder); resume it first")
+        verify_manifest(self.mixture)
+        return self.mixture
+
+    def _refuse_other_recipe(self, recipe: Recipe) -> None:
+        mine, given = _flat(to_data(self.read_recipe())), _flat(to_data(recipe))
+        differing = [key for key in sorted({*mine, *given}) if mine.get(key) != given.get(key) and not _is_free(key)]
+        if differing:
+            shown = "; ".join(f"{key} was {mine.get(key)!r}, now {given.get(key)!r}" for key in differing)
+            raise RunError(
+                f"{self.path}: made by another recipe ({shown}); use that recipe to resume, or another folder"
+            )
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash that tells base models apart: names, shapes and the first and last values of all frozen parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(ends.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the loramux checkout, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"gpus": []}
+    return {"gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
