@@ -1,0 +1,97 @@
+"""What every test stands on: no network, few threads, tiny real models, and the optional real inputs."""
+
+import os
+
+# Set before anything imports huggingface_hub, which reads them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_EVALUATE_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+torch.set_num_threads(2)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def _shared(name: str) -> Path:
+    if not (folder := SHARED / name).is_dir():
+        pytest.skip(f"{folder} is not here: real models and data are optional")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """Folder of real pretrained models; the test is skipped where it is absent."""
+    return _shared("models")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real tasks, one folder of JSON lines each; the test is skipped where it is absent."""
+    return _shared("data")
+
+
+@pytest.fixture
+def tiny_llama() -> LlamaForCausalLM:
+    """A fresh causal LM with the same random weights each time; more than one at once: `cases.tiny_llama(seed)`."""
+    return cases.tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        num_labels=3,
+    )
+
+
+@pytest.fixture
+def tiny_bert(tiny_bert_config: BertConfig) -> BertForSequenceClassification:
+    """A fresh encoder with a three-way classification head, the same random weights each time."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(tiny_bert_config).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_config() -> T5Config:
+    return T5Config(
+        vocab_size=64,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+
+
+@pytest.fixture
+def tiny_t5(tiny_t5_config: T5Config) -> T5ForConditionalGeneration:
+    """A fresh encoder-decoder, the same random weights each time."""
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(tiny_t5_config).eval()
