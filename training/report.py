@@ -52,8 +52,8 @@ class Results:
 
     @property
     def main_column(self) -> str | None:
-        """The method as it is used: its router decides, or the task is named where there is no such router."""
-        return next((column for column in ("auto", "named") if column in self.scores), None)
+        """The method at its best use: the task is named, or the router decides where naming it changes nothing."""
+        return next((column for column in ("named", "auto") if column in self.scores), None)
 
     def value(self, column: str, task: TaskInfo) -> float:
         """The main metric of a task."""
@@ -95,7 +95,7 @@ class Results:
 
 
 def header(results: Results) -> list[str]:
-    gains = [f"vs {COLUMNS[other]}" for other in _compared(results)]
+    gains = [{"base": "vs base", "lora": "vs LoRA"}[other] for other in _compared(results)]
     routed = ["routed right"] if _shows_routing(results) else []
     return ["task", "metric", *(COLUMNS[column] for column in results.columns), *gains, *routed]
 
@@ -113,8 +113,9 @@ def rows(results: Results) -> list[list[str]]:
 
 
 def show(results: Results) -> None:
-    """Print the table."""
-    show_table(f"{results.title}: {_caption(results)}", header(results), rows(results))
+    """Print the table, without the names of the metrics."""
+    lines = [[line[0], *line[2:]] for line in [header(results), *rows(results)]]
+    show_table(f"{results.title}: {_caption(results)}", lines[0], lines[1:])
 
 
 def to_markdown(results: Results) -> str:
