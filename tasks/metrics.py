@@ -74,14 +74,14 @@ class MacroF1(TextMetric):
 
 
 class Matthews(TextMetric):
-    """Matthews' correlation coefficient over the answers, -1..1."""
+    """Matthews' correlation coefficient over the answers, -1..1; 0 when there is only one answer."""
 
     name = "matthews"
 
     def score(self, predictions: list[str], references: list[str]) -> float:
         from sklearn.metrics import matthews_corrcoef
 
-        return matthews_corrcoef(references, predictions)
+        return matthews_corrcoef(references, predictions) if len({*references, *predictions}) > 1 else 0.0
 
 
 class SlotF1(TextMetric):

@@ -39,7 +39,8 @@ class MixtureConfig:
     bucket_by_length: bool = True
     """Batch examples of similar length within every window of `window` steps."""
     window: int = 16
-    """Steps that are drawn together; more of them waste less padding and mix lengths less."""
+    """Steps that are drawn together; more of them waste less padding and mix lengths less. Fewer are used where a task
+    is so small that it would come round more than once in a window, which would put copies into one batch."""
 
     def __post_init__(self) -> None:
         if self.cap is not None and self.cap < 1:
@@ -85,8 +86,9 @@ class Mixture:
         self.lengths = [np.asarray(task, dtype=np.int64) for task in lengths.values()]
         self.batch_size, self.seed = batch_size, seed
         self.shares = _shares(self.names, [len(task) for task in self.lengths], self.config)
+        self.window = self._window_steps()
         self._units = [round(share * _UNITS) for share in self.shares]
-        self._window = lru_cache(maxsize=2)(self._draw_window)
+        self._drawn = lru_cache(maxsize=2)(self._draw_window)
         self._order = lru_cache(maxsize=2 * len(self.names))(self._shuffled)
 
     @property
@@ -97,8 +99,8 @@ class Mixture:
 
     def batch(self, step: int) -> Batch:
         """The global batch of a step as (task index, example index) pairs."""
-        window, offset = divmod(step, self.config.window)
-        return list(self._window(window)[offset])
+        window, offset = divmod(step, self.window)
+        return list(self._drawn(window)[offset])
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """All batches from a step on, without end."""
@@ -117,8 +119,8 @@ class Mixture:
         return batch[len(batch) * index // count : len(batch) * (index + 1) // count]
 
     def counts(self, step: int) -> dict[str, int]:
-        """How many examples of every task the steps before this one drew (up to a window's start)."""
-        start = step // self.config.window * self.config.window
+        """How many examples of every task the steps before this one drew."""
+        start = step // self.window * self.window
         counts = _counts(self._units, start * self.batch_size)
         for earlier in range(start, step):
             for task, _ in self.batch(earlier):
@@ -135,8 +137,13 @@ class Mixture:
             padded += int(max(lengths)) * len(lengths)
         return 1 - used / padded
 
+    def _window_steps(self) -> int:
+        per_step = (share * self.batch_size for share in self.shares)
+        passes = [len(task) / drawn for task, drawn in zip(self.lengths, per_step, strict=True) if drawn]
+        return max(1, min(self.config.window, int(min(passes))))
+
     def _draw_window(self, window: int) -> list[Batch]:
-        size = self.config.window * self.batch_size
+        size = self.window * self.batch_size
         before, after = (_counts(self._units, size * w) for w in (window, window + 1))
         drawn = [
             (task, self._example(task, draw))
