@@ -73,7 +73,7 @@ def evaluate_tasks(
     batch_size: int = 64,
     length_normalised: bool = False,
     predictions: list[Prediction] | None = None,
-    title: str = "evaluate",
+    title: str | None = "evaluate",
 ) -> Scores:
     """Score a model on every task; the same on one or many processes.
 
@@ -84,6 +84,7 @@ def evaluate_tasks(
         batch_size: prompts per forward.
         length_normalised: compare options by log-likelihood per token instead of their sum.
         predictions: filled with every answer, on every process.
+        title: of the progress display; None shows none.
 
     Returns:
         Per task its metrics (0..1, higher is better), `loss` (nats per answer token), `examples`, and under `auto`
@@ -130,7 +131,7 @@ class _Exam:
     length_normalised: bool
 
     def take(
-        self, tasks: Sequence[EncodedTask], split: str, limit: int | None, title: str
+        self, tasks: Sequence[EncodedTask], split: str, limit: int | None, title: str | None
     ) -> dict[str, list[Prediction]]:
         """All answers by task, in the order of the split; every process gets all of them."""
         work = [(task, batch) for task in tasks for batch in self._batches(task, split, limit)]
@@ -245,8 +246,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _main_meter(title: str, total: int) -> Iterator[Meter | None]:
-    if _rank() != 0:
+def _main_meter(title: str | None, total: int) -> Iterator[Meter | None]:
+    if title is None or _rank() != 0:
         yield None
         return
     with meter(title, total) as progress:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .report import COLUMNS, Results
 
@@ -20,6 +20,7 @@ _FIXED = {
     "auto": "#0072b2",
     "named": "#56b4e9",
     "exported": "#e69f00",
+    "adapted": "#0072b2",
     "moa": "#0072b2",
     "smora": "#d55e00",
     "multilora": "#009e73",
@@ -43,9 +44,9 @@ def colour(name: str) -> str:
 
 def plot_scores(results: Results, path: Path) -> None:
     """Bars per task: base, matched LoRA, the method, its exports."""
-    values = {column: [results.value(column, task) for task in results.tasks] for column in results.columns}
+    values = {column: [results.value(column, task) or 0.0 for task in results.tasks] for column in results.columns}
     labels = {column: COLUMNS[column] for column in values}
-    means = {column: results.mean(column) for column in values}
+    means = {column: results.mean(column) or 0.0 for column in values}
     plot_bars([task.name for task in results.tasks], values, path, labels=labels, title=results.title, means=means)
 
 
@@ -112,6 +113,7 @@ def plot_curves(curves: Curves, tasks: Sequence[str], path: Path, *, title: str)
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour(method), linewidth=1.5, label=method)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(which="both", labelsize=8)

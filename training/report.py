@@ -11,12 +11,14 @@ Scores = dict[str, dict[str, float]]
 COLUMNS = {
     "base": "base",
     "lora": "matched LoRA",
+    "adapted": "adapted",
     "auto": "router decides",
     "named": "task named",
     "exported": "exported",
 }
 """What is scored, in the order of the table, and how it is called there."""
 FORMAT = 1
+MISSING = "-"
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,24 @@ class Results:
     @property
     def main_column(self) -> str | None:
         """The method at its best use: the task is named, or the router decides where naming it changes nothing."""
-        return next((column for column in ("named", "auto") if column in self.scores), None)
+        return next((column for column in ("named", "auto", "adapted") if column in self.scores), None)
 
-    def value(self, column: str, task: TaskInfo) -> float:
-        """The main metric of a task."""
-        return self.scores[column][task.name][task.metric]
+    def value(self, column: str, task: TaskInfo) -> float | None:
+        """The main metric of a task; None for a task that was not exported."""
+        return self.scores[column].get(task.name, {}).get(task.metric)
 
-    def mean(self, column: str) -> float:
-        """The mean over tasks of their main metrics."""
-        return sum(self.value(column, task) for task in self.tasks) / len(self.tasks)
+    def values(self, column: str) -> list[float]:
+        """The main metrics of the tasks that have one."""
+        return [value for task in self.tasks if (value := self.value(column, task)) is not None]
 
-    def worst(self, column: str) -> float:
-        return min(self.value(column, task) for task in self.tasks)
+    def mean(self, column: str) -> float | None:
+        """The mean over all tasks of their main metrics; None when one is missing."""
+        values = self.values(column)
+        return sum(values) / len(values) if len(values) == len(self.tasks) else None
+
+    def worst(self, column: str) -> float | None:
+        values = self.values(column)
+        return min(values) if len(values) == len(self.tasks) else None
 
     def routing_accuracy(self, task: TaskInfo) -> float | None:
         """How often the router picked the task's own expert, where experts belong to tasks."""
@@ -104,11 +112,11 @@ def rows(results: Results) -> list[list[str]]:
     """One row per task, then the mean and the worst task; scores in per cent."""
     columns = results.columns
     lines = [
-        _row(results, task.name, task.metric, {c: results.value(c, task) for c in columns}, task)
+        _row(results, task.name, task.metric, {c: results.value(c, task) for c in columns}, [task])
         for task in results.tasks
     ]
-    lines.append(_row(results, "mean", "", {column: results.mean(column) for column in columns}))
-    lines.append(_row(results, "worst task", "", {column: results.worst(column) for column in columns}))
+    lines.append(_row(results, "mean", "", {c: results.mean(c) for c in columns}, results.tasks))
+    lines.append(_row(results, "worst task", "", {c: results.worst(c) for c in columns}, []))
     return lines
 
 
@@ -143,13 +151,15 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def percent(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.1f}"
 
 
-def gain(value: float) -> str:
-    """A difference in points, signed; a zero has no sign."""
-    text = f"{100 * value:+.1f}"
+def gain(value: float | None, other: float | None) -> str:
+    """The difference in points, signed; a zero has no sign."""
+    if value is None or other is None:
+        return MISSING
+    text = f"{100 * (value - other):+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text
 
 
@@ -160,17 +170,16 @@ _EXPORT_NOTE = (
 
 
 def _row(
-    results: Results, name: str, metric: str, values: Mapping[str, float], task: TaskInfo | None = None
+    results: Results, name: str, metric: str, values: Mapping[str, float | None], tasks: Sequence[TaskInfo]
 ) -> list[str]:
     main = results.main_column
-    gains = [gain(values[main] - values[other]) if main else "" for other in _compared(results)]
-    routed = [_routed_right(results, task)] if _shows_routing(results) else []
+    gains = [gain(values[main], values[other]) for other in _compared(results) if main]
+    routed = [_routed_right(results, tasks)] if _shows_routing(results) else []
     return [name, metric, *(percent(values[column]) for column in results.columns), *gains, *routed]
 
 
-def _routed_right(results: Results, task: TaskInfo | None) -> str:
-    chosen = results.tasks if task is None else [task]
-    known = [share for share in map(results.routing_accuracy, chosen) if share is not None]
+def _routed_right(results: Results, tasks: Sequence[TaskInfo]) -> str:
+    known = [share for share in map(results.routing_accuracy, tasks) if share is not None]
     return percent(sum(known) / len(known)) if known else ""
 
 
@@ -190,10 +199,18 @@ def _caption(results: Results) -> str:
 
 
 def _export_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    columns = ("kind", "rank", "token_kl", "base_kl", "top1_agreement", "score")
-    head = ["task", *(column.replace("_", " ").replace("kl", "KL") for column in columns)]
-    lines = [[name, *(_plain(facts.get(column, "")) for column in columns)] for name, facts in results.exports.items()]
-    return head, lines
+    columns = {
+        "how": "made",
+        "rank": "rank",
+        "token_kl": "token KL",
+        "base_kl": "base KL",
+        "top1_agreement": "same top token",
+        "max_logit_difference": "max logit difference",
+        "refused": "",
+    }
+    shown = [key for key in columns if any(key in facts for facts in results.exports.values())]
+    lines = [[name, *(_plain(facts.get(key, "")) for key in shown)] for name, facts in results.exports.items()]
+    return ["task", *(columns[key] for key in shown)], lines
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,168 @@
+"""Taking the tasks of a finished run away as plain PEFT LoRAs, and asking stock PEFT what they can do."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..adapters import BaseIdentity, ExportConfig, ExportReport, export_task
+from ..bases import base_identity
+from ..support.console import meter
+from ..support.errors import ConfigError, ExportRefused, did_you_mean
+from ..tasks import EncodedTask, collate
+from .evaluate import Prediction, Scores, evaluate_tasks, questions
+from .recipe import EvaluateConfig, dump_recipe
+from .run import TrainedRun
+
+EXPORTS = "exports"
+REFUSED = "refused.json"
+_CARD_EXAMPLES = 5
+_HELD_OUT = 128
+_BATCH = 32
+
+
+def export_run(
+    run: TrainedRun,
+    tasks: Sequence[EncodedTask],
+    folder: Path,
+    *,
+    base: BaseIdentity,
+    only: Sequence[str] | None = None,
+    allow_lossy: bool = False,
+    settings: ExportConfig | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
+) -> tuple[dict[str, ExportReport], dict[str, str]]:
+    """Export tasks of a run, each into `folder/<task>`.
+
+    Args:
+        tasks: all tasks of the run, encoded.
+        base: how the adapters name their base.
+        only: the tasks to export; None means all.
+        allow_lossy: also write exports that lose more than the bound.
+        scores: per task named scores for its card, such as `{"base": .1, "matched LoRA": .4}`.
+
+    Returns:
+        Reports of what was written, and reasons for what was refused, both by task.
+
+    Raises:
+        ConfigError: for a task the run does not have.
+    """
+    settings = settings or ExportConfig()
+    chosen = _chosen(tasks, only)
+    reports: dict[str, ExportReport] = {}
+    refused: dict[str, str] = {}
+    with meter("export", len(chosen)) as progress:
+        for task in chosen:
+            try:
+                reports[task.name] = export_task(
+                    run.model,
+                    task.name,
+                    folder / task.name,
+                    base=base,
+                    calibration=_batches(run, task, "train", settings.examples),
+                    held_out=_batches(run, task, "validation", _HELD_OUT),
+                    settings=settings,
+                    score=_scorer(run, task),
+                    allow_lossy=allow_lossy,
+                    card=_card(run, task, (scores or {}).get(task.name, {})),
+                )
+            except ExportRefused as error:
+                refused[task.name] = str(error)
+            progress.advance(note=task.name)
+    return reports, refused
+
+
+def identity_of(run: TrainedRun, known_as: str | None = None) -> BaseIdentity:
+    """How adapters of this run name their base.
+
+    Raises:
+        ConfigError: when the base is a folder that nobody else can resolve.
+    """
+    base = run.recipe.base
+    found = base_identity(base.model, revision=base.revision, known_as=known_as or base.known_as)
+    return BaseIdentity(found.name, found.revision)
+
+
+def evaluate_exports(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[EncodedTask],
+    folder: Path,
+    config: EvaluateConfig,
+    predictions: list[Prediction] | None = None,
+) -> Scores:
+    """Score every exported adapter in `folder` on its own task, as stock PEFT loads it.
+
+    Args:
+        base: the bare base; it is bare again afterwards.
+    """
+    scores: Scores = {}
+    for task in tasks:
+        if (folder / task.name / "adapter_config.json").is_file():
+            model = PeftModel.from_pretrained(base, str(folder / task.name)).eval()
+            scores |= evaluate_tasks(
+                model,
+                tokenizer,
+                [task],
+                split=config.split,
+                limit=config.limit,
+                batch_size=config.batch_size,
+                predictions=predictions,
+                title=f"exported {task.name}",
+            )
+            model.unload()
+    return scores
+
+
+def _chosen(tasks: Sequence[EncodedTask], only: Sequence[str] | None) -> list[EncodedTask]:
+    by_name = {task.name: task for task in tasks}
+    for name in only or ():
+        if name not in by_name:
+            raise ConfigError(f"this run has no task {name!r}; {did_you_mean(name, by_name)}")
+    return [by_name[name] for name in only] if only is not None else list(tasks)
+
+
+def _batches(run: TrainedRun, task: EncodedTask, split: str, limit: int) -> list[dict[str, Tensor]]:
+    """Examples of a task with their answers labelled, whatever the recipe trains on."""
+    rows = [(0, question.encoded) for question in questions(task, split, limit)]
+    parts = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+    batches = [collate(part, run.tokenizer.pad_token_id or 0) for part in parts]
+    device = run.model.device
+    keys = ("input_ids", "attention_mask", "labels")
+    return [{key: batch[key].to(device) for key in keys} for batch in batches]
+
+
+def _scorer(run: TrainedRun, task: EncodedTask) -> Callable[[], float] | None:
+    """The task's main metric of the model as it runs at the moment; exact exports need no such proof."""
+    hub: Any = run.model.base_model
+    if hub.method().exports_exactly:
+        return None
+    config = run.recipe.evaluate
+    options: dict[str, Any] = {"split": config.split, "limit": config.limit, "batch_size": config.batch_size}
+
+    def score() -> float:
+        found = evaluate_tasks(run.model, run.tokenizer, [task], title=None, **options)
+        return found[task.name][task.task.metrics[0]]
+
+    return score
+
+
+def _card(run: TrainedRun, task: EncodedTask, scores: Mapping[str, float]) -> dict[str, Any]:
+    split = task.task.test_split
+    examples = [
+        {"input": example.prompt.strip(), "target": example.target} for example in task.examples[split][:_CARD_EXAMPLES]
+    ]
+    return {
+        "description": task.task.config.description,
+        "examples": examples,
+        "scores": dict(scores),
+        "recipe": _public_recipe(run),
+    }
+
+
+def _public_recipe(run: TrainedRun) -> str:
+    """The recipe with paths relative to the run, so that a card tells nothing about the machine."""
+    return dump_recipe(run.recipe, run.folder.path.absolute())

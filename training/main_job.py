@@ -1,0 +1,151 @@
+"""The whole job of `loramux train`: train, train the matched LoRA, evaluate, export, report."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..adapters import matched_lora_rank
+from ..support.console import say
+from ..support.errors import ConfigError
+from ..support.files import write_json
+from ..tasks import EncodedTask
+from .assess import (
+    BASELINE,
+    MARKDOWN,
+    PREDICTIONS,
+    RESULTS,
+    draw_report,
+    encode_tasks,
+    measure_columns,
+    measure_exports,
+    note_routing,
+    results_of,
+    write_results,
+)
+from .distributed import make_accelerator
+from .evaluate import Scores, hub_of
+from .exports import EXPORTS, REFUSED, export_run, identity_of
+from .recipe import BaselineConfig, EvaluateConfig, MethodChoice, Recipe
+from .report import COLUMNS, Results, show
+from .run import TrainedRun, on_main, train_run
+
+
+def train_job(recipe: Recipe, folder: Path, *, resume: bool = False, base_scores: Scores | None = None) -> Results:
+    """Train what the recipe says and leave a folder with everything people want to see of it.
+
+    Args:
+        resume: go on with what is in `folder`; finished parts are kept.
+        base_scores: the scores of the base on these tasks, when they are known already.
+
+    Raises:
+        ConfigError, DataError, AdapterError, RunError, TrainingDiverged: as `train_run`.
+    """
+    trained = train_run(recipe, folder, resume=resume)
+    if recipe.baseline.enabled:
+        train_matched_lora(trained)
+    return evaluate_job(trained, recipe.evaluate, export=recipe.export.enabled, base_scores=base_scores)
+
+
+def train_matched_lora(trained: TrainedRun) -> None:
+    """Train the plain LoRA of equal parameter count beside a run, in its folder `baseline`.
+
+    A run that is that LoRA itself has none beside it.
+    """
+    recipe = matched_lora_recipe(trained.recipe, rank_of_matched_lora(trained))
+    if recipe.method.name != trained.recipe.method.name:
+        say(f"the plain LoRA of equal size: rank {recipe.method.options['rank']}")
+        train_run(recipe, trained.folder.path / BASELINE, resume=True)
+
+
+def rank_of_matched_lora(trained: TrainedRun) -> int:
+    hub = hub_of(trained.model)
+    assert hub is not None
+    return matched_lora_rank(hub)
+
+
+def matched_lora_recipe(recipe: Recipe, rank: int) -> Recipe:
+    """The same run with a plain LoRA of `rank`, at the baseline's own learning rate if it has one."""
+    rate = recipe.baseline.learning_rate or recipe.train.learning_rate
+    return replace(
+        recipe,
+        method=MethodChoice(name="lora", options={"rank": rank}, target_modules=recipe.method.target_modules),
+        train=replace(recipe.train, learning_rate=rate, only_tasks=None, start_from=None),
+        baseline=BaselineConfig(enabled=False),
+    )
+
+
+def evaluate_job(
+    trained: TrainedRun, config: EvaluateConfig, *, export: bool = False, base_scores: Scores | None = None
+) -> Results:
+    """Measure a finished run, export its tasks first if asked to, and write and print the report."""
+    accelerator = make_accelerator(replace(trained.recipe.train, trackers=()))
+    trained.model.to(accelerator.device)
+    folder, tasks = trained.folder.path, encode_tasks(trained)
+    scores, answers = measure_columns(trained, tasks, config, base_scores=base_scores)
+    if export:
+        on_main(accelerator, lambda: _export(trained, tasks, scores))
+    if exported := measure_exports(trained, tasks, config, answers):
+        scores["exported"] = exported
+    results = results_of(trained, tasks, config, scores)
+
+    def write() -> None:
+        note_routing(trained, tasks, config)
+        write_results(folder, results, answers)
+        pictures = draw_report(folder)
+        show(results)
+        say(_closing(results, folder, pictures))
+
+    on_main(accelerator, write)
+    return results
+
+
+def new_run_folder(method: str, root: Path = Path("runs")) -> Path:
+    """The first unused folder for a run of `method`: `runs/moa`, `runs/moa-2` and so on."""
+    number = 1
+    while (folder := root / (method if number == 1 else f"{method}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def _export(trained: TrainedRun, tasks: list[EncodedTask], scores: Mapping[str, Scores]) -> None:
+    folder = trained.folder.path / EXPORTS
+    try:
+        base = identity_of(trained)
+    except ConfigError as error:
+        say(f"no exports: {error}")
+        return
+    _, refused = export_run(
+        trained,
+        tasks,
+        folder,
+        base=base,
+        allow_lossy=trained.recipe.export.allow_lossy,
+        scores={task.name: _card_scores(task, scores) for task in tasks},
+    )
+    write_json(folder / REFUSED, refused)
+
+
+def _card_scores(task: EncodedTask, scores: Mapping[str, Scores]) -> dict[str, float]:
+    metric = task.task.metrics[0]
+    return {f"{COLUMNS[column]} ({metric})": found[task.name][metric] for column, found in scores.items()}
+
+
+def _closing(results: Results, folder: Path, pictures: list[Path]) -> str:
+    """What lies where, and what to do with it."""
+    refused = [name for name, facts in results.exports.items() if "refused" in facts]
+    written = len(results.exports) - len(refused)
+    overview = ", ".join(picture.name for picture in pictures if picture.parent == folder)
+    lines = {
+        MARKDOWN: f"the table, the exports, the settings ({RESULTS}: the same as data)",
+        overview: "the pictures" + (", more in routing/" if (folder / "routing").is_dir() else ""),
+        PREDICTIONS: "every answer, to read",
+        "mixture/": "all experts and their router, one PEFT adapter (import loramux, then PeftModel.from_pretrained)",
+    }
+    if written:
+        lines[f"{EXPORTS}/<task>/"] = f"{written} of {len(results.tasks)} tasks, as LoRAs for PEFT, vLLM, ..."
+    if (folder / BASELINE).is_dir():
+        lines[f"{BASELINE}/"] = "the matched LoRA, a run folder too"
+    width = max(map(len, lines))
+    parts = [f"Everything is in {folder}:", *(f"  {name.ljust(width)}  {what}" for name, what in lines.items())]
+    parts += [f"Not exported: {results.exports[name]['refused']}" for name in refused]
+    return "\n".join(parts)
