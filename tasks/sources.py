@@ -192,7 +192,7 @@ def _read_json_lines(path: Path) -> Rows:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                items.append(_parse_json(line, f"{path}, line {number}"))
+                items.append(_parse_json(line.strip(), f"{path}, line {number}"))
                 numbers.append(number)
                 if not isinstance(items[-1], dict):
                     raise DataError(f"{path}, line {number}: a row must be a JSON object, not {line.strip()[:60]!r}")
@@ -236,7 +236,7 @@ def _csv_rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[tuple[int, 
                 raise DataError(f"{path}, line {reader.line_num}: not the {columns} cells that the header names")
             yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+        raise DataError(f"{path}, line {reader.reader.line_num}: {error}") from None
 
 
 def _read_parquet(path: Path) -> Rows:
