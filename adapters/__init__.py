@@ -14,7 +14,7 @@ from .branch import Branch, BranchConfig
 from .export import BaseIdentity, ExportConfig, ExportReport, exact_factors, export_task, save_lora
 from .fidelity import Fidelity, measure_fidelity
 from .hub import LoramuxModel
-from .layer import LoramuxLayer
+from .layer import LoramuxLinear
 from .low_rank import RANK_CLASSES, LowRank
 from .peft_config import LoramuxConfig
 from .registry import Method, MethodConfig, StageConfig, find_method, method_config, methods, register_method
@@ -31,7 +31,7 @@ __all__ = [
     "ExportReport",
     "Fidelity",
     "LoramuxConfig",
-    "LoramuxLayer",
+    "LoramuxLinear",
     "LoramuxModel",
     "LowRank",
     "Method",

@@ -156,4 +156,4 @@ def add_product(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     if output.dtype != hidden.dtype or torch.is_autocast_enabled(output.device.type):
         return output + (hidden @ up).to(output.dtype)
     flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), up)
-    return flat.view(output.shape)
+    return flat.reshape(output.shape)

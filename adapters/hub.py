@@ -23,7 +23,7 @@ from ..routing import (
 from ..routing.context import Observer, mean_pool, task_ids
 from ..support.errors import AdapterError
 from .branch import BranchConfig
-from .layer import LoramuxLayer, copy_leading_rows
+from .layer import LoramuxLinear, copy_leading_rows
 from .low_rank import LowRank
 from .peft_config import PREFIX, LoramuxConfig, register
 from .registry import MethodConfig, StageConfig
@@ -44,7 +44,7 @@ class LoramuxModel(BaseTuner):
     """
 
     prefix = PREFIX
-    tuner_layer_cls = LoramuxLayer
+    tuner_layer_cls = LoramuxLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     peft_config: dict[str, LoramuxConfig]  # type: ignore[assignment]
 
@@ -74,9 +74,9 @@ class LoramuxModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        new = not isinstance(target, LoramuxLayer)
-        layer = LoramuxLayer(target, current_key, self.context) if new else target
-        assert isinstance(layer, LoramuxLayer)
+        new = not isinstance(target, LoramuxLinear)
+        layer = LoramuxLinear(target, current_key, self.context) if new else target
+        assert isinstance(layer, LoramuxLinear)
         assert isinstance(config, LoramuxConfig)
         if new:
             layer._active_adapter = self.active_adapters
@@ -204,9 +204,9 @@ class LoramuxModel(BaseTuner):
     def stages(self) -> tuple[StageConfig, ...]:
         return self.method().stages
 
-    def layers(self) -> dict[str, LoramuxLayer]:
+    def layers(self) -> dict[str, LoramuxLinear]:
         """The adapted layers by module name."""
-        return {module.name: module for module in self.model.modules() if isinstance(module, LoramuxLayer)}
+        return {module.name: module for module in self.model.modules() if isinstance(module, LoramuxLinear)}
 
     def routers(self, adapter: str | None = None) -> Iterator[Router]:
         """All routers of `adapter` (default: of all adapters), shared ones first."""
@@ -443,12 +443,13 @@ class LoramuxModel(BaseTuner):
         if len(shared):
             if adapter in self.loramux_routers:
                 copy_leading_rows(self.loramux_routers[adapter], shared)
-            self.loramux_routers[adapter] = shared.to(next(self.model.parameters()).device)
+            on_meta = any(p.is_meta for p in shared.parameters())  # loading fills in the real values
+            self.loramux_routers[adapter] = shared if on_meta else shared.to(self.model.device)
             shared.requires_grad_(adapter in self.active_adapters and not config.inference_mode)
 
     def _check_name(self, adapter: str) -> None:
         """PEFT loses tensors silently when an adapter is called like a part of the model."""
-        parts = {part for name, _ in self.model.named_modules() for part in name.split(".")} - set(self.peft_config)
+        parts = {part for name, _ in self.model.named_modules() if PREFIX not in name for part in name.split(".")}
         if not adapter or "." in adapter or adapter.isdigit() or adapter in parts:
             raise AdapterError(
                 f"{adapter!r} cannot be an adapter name: use a word without dots that is no number and no module's name"

@@ -14,8 +14,8 @@ from .low_rank import LowRank
 from .registry import MethodConfig
 
 
-class LoramuxLayer(nn.Module, BaseTunerLayer):
-    """Wraps a frozen linear.
+class LoramuxLinear(nn.Module, BaseTunerLayer):
+    """Wraps a frozen linear. (PEFT finds wrapped linears for "all-linear" by the word in the class name.)
 
     Args:
         base_layer: `nn.Linear` (quantised subclasses included) or transformers' `Conv1D`.
