@@ -78,7 +78,12 @@ class EncodedTask:
             for split, count in self.too_long.items()
             if count
         )
-        return (*self.task.notes, *left_out)
+        alike = (
+            f"{count} {split} examples have options that this tokenizer writes alike, so they cannot be told apart"
+            for split, items in self.splits.items()
+            if (count := sum(len(set(item.choices or ())) < len(item.choices or ()) for item in items))
+        )
+        return (*self.task.notes, *left_out, *alike)
 
 
 def encode(example: Example, tokenizer: Any, *, max_length: int, chat_template: bool | None = None) -> Encoded | None:
@@ -209,7 +214,8 @@ class _Encoder:
     def _tokenise(self, texts: Iterable[str]) -> None:
         listed = [text for text in texts if text not in self.ids]
         if listed:
-            ids = self.tokenizer(listed, add_special_tokens=False, verbose=False)["input_ids"]
+            options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+            ids = self.tokenizer(listed, add_special_tokens=False, **options)["input_ids"]
             self.ids.update(zip(listed, map(tuple, ids), strict=True))
 
     def _beginning(self) -> Ids:

@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..support.config import parse
-from ..support.errors import DataError, did_you_mean
+from ..support.errors import DataError
 from .config import SPLITS, TaskConfig
-from .example import Example, Turn
+from .example import Example
 from .metrics import check_metrics
-from .shapes import Shape, chat_turns, detect_shape, is_chat
-from .sources import Row, Rows, read_objects, read_source
-from .templates import Template, as_text, look_up
+from .reader import Reader
+from .sources import Rows, read_objects, read_source
 
 CLOSED_METRICS = ("accuracy", "macro_f1")
 OPEN_METRICS = ("exact_match", "rouge_l")
-# A label column with more distinct values than this is free text, not a closed answer set.
-MAX_LABELS = 1000
 
 
 @dataclass(frozen=True)
@@ -83,105 +80,11 @@ class Task:
 def _build(config: TaskConfig, rows: dict[str, Rows]) -> Task:
     if "train" not in rows:
         raise DataError(f"task {config.name!r}: no train split; the source has {', '.join(rows) or 'no known split'}")
-    reader = _Reader(config, rows["train"])
-    splits, notes = _make_splits(config, rows, reader)
     check_metrics(config.metrics or (), where=f"task {config.name!r}")
-    return Task(reader.resolved(splits["train"]), splits, notes)
-
-
-class _Reader:
-    """Turns rows into examples; what the first row and the labels tell is worked out once."""
-
-    def __init__(self, config: TaskConfig, train: Rows) -> None:
-        self.config = config
-        first, where = train.row(0), train.where(0)
-        templated = config.prompt is not None and config.target is not None
-        self.chat = not templated and config.prompt is None and config.target is None and is_chat(first)
-        self.shape = Shape("", "") if templated or self.chat else detect_shape(first, where)
-        self.prompt = Template(self.shape.prompt if config.prompt is None else config.prompt)
-        self.target = Template(self.shape.target if config.target is None else config.target)
-        self.field = self._choices_field(first, where)
-        self.choices = None if self.field else self._fixed_choices(train)
-
-    def resolved(self, train: Sequence[Example]) -> TaskConfig:
-        metrics = self.config.metrics or _default_metrics(train)
-        if self.chat:
-            return dataclasses.replace(self.config, metrics=metrics)
-        return dataclasses.replace(self.config, prompt=self.prompt.text, target=self.target.text, metrics=metrics)
-
-    def examples(self, rows: Rows) -> tuple[Example, ...]:
-        return tuple(self._example(rows.row(index), rows.where(index)) for index in range(len(rows)))
-
-    def _example(self, row: Row, where: str) -> Example:
-        if self.chat:
-            turns = chat_turns(row, where, train_all=self.config.train_on == "all")
-            return Example(turns, *self._answer(turns[-1].text.strip(), row, where))
-        prompt = self.prompt.render(row, where)
-        target = self.target.render(row, where)
-        if not prompt.strip():
-            raise DataError(f"{where}: the prompt is empty")
-        answer, choices = self._answer(target.strip(), row, where)
-        lead, prompt = self._lead(prompt, target)
-        turns = (
-            Turn("prompt", prompt, self.config.train_on == "all"),
-            Turn("answer", lead + answer, True),
-        )
-        return Example(turns, answer, choices)
-
-    def _lead(self, prompt: str, target: str) -> tuple[str, str]:
-        """The white space between prompt and answer, and the prompt without it.
-
-        Spaces at the prompt's end belong to the answer's first token in nearly every vocabulary; left in the prompt
-        they would force a segmentation the model never saw.
-        """
-        kept = prompt.rstrip(" ")
-        own = target[: len(target) - len(target.lstrip())]
-        lead = prompt[len(kept) :] + own
-        return (lead if lead or prompt[-1:].isspace() else self.config.delimiter), kept
-
-    def _answer(self, target: str, row: Row, where: str) -> tuple[str, tuple[str, ...] | None]:
-        choices = self._row_choices(row, where) if self.field else self.choices
-        if choices and target not in choices and target.isdecimal() and int(target) < len(choices):
-            target = choices[int(target)]  # a class number
-        if not target:
-            raise DataError(f"{where}: the answer is empty; write what the model should say, for example 'none'")
-        if choices is not None and target not in choices:
-            hint = did_you_mean(target, choices[:20])
-            raise DataError(f"{where}: the answer {target!r} is not among the {len(choices)} choices; {hint}")
-        return target, choices
-
-    def _row_choices(self, row: Row, where: str) -> tuple[str, ...]:
-        try:
-            values = look_up(row, str(self.field))
-        except KeyError:
-            hint = did_you_mean(str(self.field), map(str, row))
-            raise DataError(f"{where}: no field {self.field!r}, which should hold the choices; {hint}") from None
-        if not isinstance(values, list | tuple) or not values:
-            raise DataError(f"{where}: field {self.field!r} must be a list of choices, not {values!r}")
-        choices = (as_text(value, f"{where}: a choice in {self.field!r}").strip() for value in values)
-        return tuple(dict.fromkeys(choices))  # published multiple-choice sets do repeat an option in a row
-
-    def _choices_field(self, first: Row, where: str) -> str | None:
-        if isinstance(self.config.choices, str):
-            self.field = self.config.choices
-            self._row_choices(first, where)
-            return self.config.choices
-        automatic = self.config.choices is None and isinstance(first.get("choices"), list)
-        return "choices" if automatic else None
-
-    def _fixed_choices(self, train: Rows) -> tuple[str, ...] | None:
-        if self.config.choices is not None:
-            return tuple(str(choice).strip() for choice in self.config.choices) or None
-        if train.labels is not None:
-            return train.labels
-        label = self.target.fields[0] if self.target.text == f"{{{''.join(self.target.fields)}}}" else ""
-        if label in train.class_names:
-            return tuple(train.class_names[label])
-        return self._labels_seen(train) if self.shape.labels and self.config.target is None else None
-
-    def _labels_seen(self, train: Rows) -> tuple[str, ...] | None:
-        seen = {self.target.render(train.row(i), train.where(i)).strip() for i in range(len(train))}
-        return tuple(sorted(seen)) if len(seen) <= MAX_LABELS else None
+    reader = Reader(config, rows)
+    splits, notes = _make_splits(config, rows, reader)
+    metrics = config.metrics or _default_metrics(splits["train"])
+    return Task(dataclasses.replace(reader.resolved, metrics=metrics), splits, notes)
 
 
 def _default_metrics(train: Sequence[Example]) -> tuple[str, ...]:
@@ -192,7 +95,7 @@ def _default_metrics(train: Sequence[Example]) -> tuple[str, ...]:
 
 
 def _make_splits(
-    config: TaskConfig, rows: dict[str, Rows], reader: _Reader
+    config: TaskConfig, rows: dict[str, Rows], reader: Reader
 ) -> tuple[dict[str, Sequence[Example]], tuple[str, ...]]:
     carve = "validation" not in rows
     splits: dict[str, Sequence[Example]] = {}

@@ -21,6 +21,11 @@ class Template:
         if "" in self.fields:
             raise ConfigError(f"template {text!r} has an empty {{}}; name the field, or write {{{{}}}} for braces")
 
+    @property
+    def only_field(self) -> str | None:
+        """The field, when the template is nothing but one hole."""
+        return self.fields[0] if len(self.fields) == 1 and self.text == f"{{{self.fields[0]}}}" else None
+
     def render(self, row: Mapping[str, Any], where: str) -> str:
         """Fill the holes.
 

@@ -35,6 +35,7 @@ ROWS = [
     {"text": "Where is John?", "label": "no"},
     {"text": "Mia hid the red cup in the garden.", "label": "yes"},
 ]
+ROWS_WITH_CHOICES = [{"input": "Is it so?", "target": "no", "choices": ["yes", "no"]}]
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Is it so?"},
@@ -136,6 +137,14 @@ class TestPlain:
         assert yes.input_ids == one.input_ids
         assert yes.trained == one.trained
         assert no.input_ids[-1] == tokenizer.eos_token_id
+
+    def test_options_that_the_vocabulary_cannot_tell_apart_are_reported(self) -> None:
+        row = {"input": "Is it so?", "target": "yes", "choices": ["yes", "YES"]}
+        task = Task.from_rows("t", {"train": [row, *ROWS_WITH_CHOICES], "validation": ROWS_WITH_CHOICES})
+        assert encode_task(task, framing(), max_length=99).notes[1:] == (
+            "1 train examples have options that this tokenizer writes alike, so they cannot be told apart",
+        )
+        assert not any("alike" in note for note in encode_task(task, merging(), max_length=999).notes)
 
     def test_open_answers_have_no_options(self) -> None:
         one = encoded(example({"prompt": "a", "completion": "b"}), merging())

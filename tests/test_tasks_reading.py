@@ -127,6 +127,32 @@ class TestChoices:
         example = task.splits["train"][0]
         assert (example.target, example.choices) == ("sleeps", ("runs", "sleeps"))
 
+    def test_a_numeric_answer_beside_textual_options_is_their_position(self) -> None:
+        options = ["3", "1", "3", "0"]
+        targets = [
+            one_row(
+                {"q": "?", "options": options, "answer": answer}, prompt="{q}", target="{answer}", choices="options"
+            )
+            for answer in (0, 1, 3, "3")
+        ]
+        assert [task.splits["train"][0].target for task in targets] == ["3", "1", "0", "3"]
+
+    def test_numbers_that_are_the_answer_itself_stay_what_they_are(self) -> None:
+        assert one_row({"input": "1+1", "target": 2, "choices": [0, 3, 2]}).splits["train"][0].target == "2"
+        assert one_row({"text": "Fine.", "label": 2}, choices=["1", "2", "3"]).splits["train"][0].target == "2"
+
+    def test_a_label_that_only_the_test_split_has_belongs_to_the_set(self) -> None:
+        rows = {
+            split: [{"text": "t", "label": label}]
+            for split, label in zip(("train", "validation", "test"), "abc", strict=True)
+        }
+        assert Task.from_rows("t", rows).splits["train"][0].choices == ("a", "b", "c")
+
+    def test_a_label_column_of_free_text_is_open(self) -> None:
+        rows = [{"text": "t", "label": f"{i}"} for i in range(1001)]
+        assert not Task.from_rows("t", {"train": rows, "validation": rows[:1]}).closed
+        assert Task.from_rows("t", {"train": rows[:-1], "validation": rows[:1]}).closed
+
     def test_a_list_names_class_numbers(self) -> None:
         task = one_row({"text": "Fine.", "label": 1}, choices=["bad", "good"])
         assert task.splits["train"][0].target == "good"
