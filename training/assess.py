@@ -128,7 +128,8 @@ def results_of(
         other = baseline.read_recipe()
         facts["matched_lora"] = {"rank": other.method.options["rank"], "learning_rate": other.train.learning_rate}
     infos = [TaskInfo(task.name, task.task.metrics[0], task.task.config.description) for task in tasks]
-    exports = exports_on_disk(run.folder.path / EXPORTS)
+    found = exports_on_disk(run.folder.path / EXPORTS)
+    exports = {task.name: found[task.name] for task in tasks if task.name in found}
     return Results(title=recipe.method.name, run=facts, tasks=infos, scores=scores, exports=exports)
 
 

@@ -35,7 +35,6 @@ def train_job(recipe: Recipe, folder: Path, *, resume: bool = False, base_scores
 
     Args:
         resume: go on with what is in `folder`; finished parts are kept.
-        base_scores: the scores of the base on these tasks, when they are known already.
 
     Raises:
         ConfigError, DataError, AdapterError, RunError, TrainingDiverged: as `train_run`.
@@ -43,7 +42,7 @@ def train_job(recipe: Recipe, folder: Path, *, resume: bool = False, base_scores
     trained = train_run(recipe, folder, resume=resume)
     if recipe.baseline.enabled:
         train_matched_lora(trained)
-    return evaluate_job(trained, recipe.evaluate, export=recipe.export.enabled, base_scores=base_scores)
+    return evaluate_job(trained, recipe.evaluate, export=recipe.export.enabled)
 
 
 def train_matched_lora(trained: TrainedRun) -> None:
@@ -75,9 +74,14 @@ def matched_lora_recipe(recipe: Recipe, rank: int) -> Recipe:
 
 
 def evaluate_job(
-    trained: TrainedRun, config: EvaluateConfig, *, export: bool = False, base_scores: Scores | None = None
+    trained: TrainedRun,
+    config: EvaluateConfig,
+    *,
+    export: bool = False,
+    base_scores: Scores | None = None,
+    quiet: bool = False,
 ) -> Results:
-    """Measure a finished run, export its tasks first if asked to, and write and print the report."""
+    """Measure a finished run, export its tasks first if asked to, write the report and, unless `quiet`, print it."""
     accelerator = make_accelerator(replace(trained.recipe.train, trackers=()))
     trained.model.to(accelerator.device)
     folder, tasks = trained.folder.path, encode_tasks(trained)
@@ -92,8 +96,9 @@ def evaluate_job(
         note_routing(trained, tasks, config)
         write_results(folder, results, answers)
         pictures = draw_report(folder)
-        show(results)
-        say(_closing(results, folder, pictures))
+        if not quiet:
+            show(results)
+            say(_closing(results, folder, pictures))
 
     on_main(accelerator, write)
     return results

@@ -200,7 +200,7 @@ def _plot_heatmaps(maps: Mapping[str, np.ndarray], tasks: Sequence[str], path: P
     for axes in grid.flatten()[len(maps) :]:
         axes.set_visible(False)
     bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.02, format=lambda share, _: f"{100 * share:.0f} %")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
     _save(figure, path)

@@ -1,0 +1,234 @@
+"""Reads the command line and runs one command. Nothing heavy is imported before the arguments are known to be right."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..support.errors import LoramuxError
+
+INTERRUPTED = 130
+FAILED = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0; 2 after an error, which is told in one message on stderr; 130 after Ctrl-C.
+    """
+    parsed = build_parser().parse_args(arguments)
+    try:
+        from . import commands
+
+        commands.quieten_libraries()
+        getattr(commands, parsed.command)(parsed)
+    except LoramuxError as error:
+        print(f"loramux {parsed.command}: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"loramux {parsed.command}: {error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"\nstopped{_how_to_go_on(parsed)}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _how_to_go_on(parsed: argparse.Namespace) -> str:
+    """The command that continues what Ctrl-C stopped, where there is one."""
+    if parsed.command == "train" and parsed.to is not None and (parsed.to / "recipe.yaml").is_file():
+        return f"; resume with: loramux train --resume --to {parsed.to}"
+    return "; the same command goes on where it stopped" if parsed.command == "compare" else ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loramux",
+        description="Train MoE-style LoRA experts for many tasks on one frozen language model, see what each task\n"
+        "gained, and take each task away as a plain PEFT LoRA.",
+        epilog="`loramux COMMAND --help` tells more, with examples. Start with: loramux train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"loramux {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_add_train, _add_evaluate, _add_compare, _add_export, _add_methods, _add_tasks, _add_base):
+        add(commands)
+    return parser
+
+
+Commands = argparse._SubParsersAction
+
+
+def _add_train(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "train a mixture, evaluate it, export its tasks",
+        "Train a method on a mixture of tasks and a plain LoRA of equal size beside it, evaluate both, export every\n"
+        "task as a plain LoRA, and write a table and pictures. Without a recipe it takes the base and the tasks that\n"
+        "come with loramux, and a few minutes on two cores.",
+        """
+  loramux train
+  loramux train my_recipe.yaml --to runs/first
+  loramux train --set base.model=HuggingFaceTB/SmolLM2-135M --set tasks=my_tasks.yaml --set method.name=smora
+  loramux train --resume --to runs/first
+  torchrun --nproc-per-node 2 train.py my_recipe.yaml --to runs/two""",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--to", type=Path, metavar="RUN", help="the run folder (default: a new one, runs/METHOD)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, by its own recipe")
+
+
+def _add_evaluate(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "measure a finished run again",
+        "Score the base, the matched LoRA, the routed model and the exports of a finished run, and write its table\n"
+        "and pictures anew.",
+        """
+  loramux evaluate runs/moa
+  loramux evaluate runs/moa --split validation --limit 100
+  loramux evaluate runs/moa --report-only""",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--split", choices=("train", "validation", "test"), help="default: as the recipe says")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="examples per task (default: as the recipe says)")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="prompts per forward pass")
+    parser.add_argument("--report-only", action="store_true", help="only draw the table and pictures anew")
+
+
+def _add_compare(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        "several methods over one mixture",
+        "Run several methods over one mixture and write one table. The plain LoRA of each method's size always comes\n"
+        "along. Finished runs are kept: an interrupted comparison goes on, methods and seeds can be added later.",
+        """
+  loramux compare --methods multilora,smora,moa --to comparisons/first
+  loramux compare my_recipe.yaml --methods smora,moa --seeds 0,1,2 --learning-rates 1e-3,3e-3 --to comparisons/three
+  loramux compare --methods smora --method-option smora.rank=32 --to comparisons/small
+  loramux compare --report-only --to comparisons/first""",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="the folder of the comparison")
+    parser.add_argument("--methods", type=_listed(str), metavar="A,B,...", help="see `loramux methods`")
+    parser.add_argument("--seeds", type=_listed(int), default=[0], metavar="0,1,...", help="default: 0")
+    parser.add_argument(
+        "--learning-rates",
+        type=_listed(float),
+        default=[],
+        metavar="R,S,...",
+        help="tried for every method with the first seed; the best on validation is taken (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--method-option", action="append", default=[], metavar="METHOD.KEY=VALUE", help="an option of one method"
+    )
+    parser.add_argument("--report-only", action="store_true", help="only draw the table and pictures anew")
+
+
+def _add_export(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "take tasks away as plain LoRAs",
+        "Write tasks of a finished run as plain PEFT LoRA folders, which need no loramux. Exact where the method's\n"
+        "weights are constant over a task; fitted and measured where they are not, and refused above the bound.",
+        """
+  loramux export runs/moa --all --to adapters
+  loramux export runs/smora --task who --task where --to adapters --allow-lossy
+  loramux export runs/mine --all --to adapters --base-id HuggingFaceTB/SmolLM2-135M""",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="each task goes to DIR/TASK")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--task", action="append", metavar="TASK", help="a task to export (may be repeated)")
+    which.add_argument("--all", action="store_true", help="export every task")
+    parser.add_argument("--allow-lossy", action="store_true", help="also write exports that lose more than the bound")
+    parser.add_argument("--max-kl", type=float, metavar="NATS", help="the bound: divergence per answer token (0.02)")
+    parser.add_argument("--rank", type=_positive, metavar="R", help="rank of fitted exports (default: of all experts)")
+    parser.add_argument("--base-id", metavar="OWNER/NAME", help="the public id of a base that was a local folder")
+
+
+def _add_methods(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "methods",
+        "list the methods, or tell about one",
+        "List the methods with what they route by, how they export, and how many parameters they train on a model.",
+        """
+  loramux methods
+  loramux methods smora
+  loramux methods --model HuggingFaceTB/SmolLM2-135M --rank 16 --tasks 8""",
+    )
+    parser.add_argument("method", nargs="?", metavar="METHOD", help="tell about this one and its options")
+    parser.add_argument("--model", metavar="M", help="count parameters on this model (default: the one that ships)")
+    parser.add_argument("--tasks", type=_positive, default=8, metavar="N", help="number of tasks (default: 8)")
+    parser.add_argument("--rank", type=_positive, metavar="R", help="rank instead of each method's default")
+
+
+def _add_tasks(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "tasks",
+        "show the tasks of a file",
+        "Read a task file, a folder or the default mixture, and show sizes, metrics and an example of every task.",
+        """
+  loramux tasks
+  loramux tasks my_tasks.yaml
+  loramux tasks data/snips --examples 3""",
+    )
+    parser.add_argument("source", nargs="?", default="default", metavar="FILE", help="default: the tasks that ship")
+    parser.add_argument("--examples", type=_positive, default=1, metavar="N", help="examples per task (default: 1)")
+
+
+def _add_base(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "base",
+        "write the base that ships",
+        "Write the small model that comes with loramux as an ordinary Hugging Face folder.",
+        """
+  loramux base --to tiny""",
+    )
+    parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="a new folder")
+
+
+def _command(commands: Commands, name: str, help_: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=help_,
+        description=description,
+        epilog=f"examples:{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="a YAML file (default: what ships)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one key of the recipe, such as train.steps=200 (may be repeated)",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _listed(kind: type) -> Callable[[str], list]:
+    def parse(text: str) -> list:
+        try:
+            return [kind(part.strip()) for part in text.split(",") if part.strip()]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {kind.__name__} like 1,2,3") from None
+
+    return parse

@@ -1,0 +1,63 @@
+"""How large methods are on a given base, without reading its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..adapters import LoramuxConfig, count_parameters
+from ..bases import resolve_base
+from ..support.errors import ConfigError
+from .evaluate import hub_of
+from .recipe import BaseConfig
+
+
+@dataclass(frozen=True)
+class BaseShapes:
+    """The linears that are adapted.
+
+    Attributes:
+        linears: (in, out) of every adapted linear.
+        hidden_size: the width that routers of prompts read.
+    """
+
+    linears: tuple[tuple[int, int], ...]
+    hidden_size: int
+
+    def count(self, method: str, options: Mapping[str, Any], tasks: int) -> int:
+        """Parameters of a method for so many tasks."""
+        names = [str(number) for number in range(tasks)]
+        built = LoramuxConfig(method=method, options=dict(options), tasks=names).build()
+        return count_parameters(built, self.linears, tasks=tasks, hidden_size=self.hidden_size)
+
+    def matched_rank(self, parameters: int) -> int:
+        """The rank at which a plain LoRA has the nearest number of parameters."""
+        return max(1, round(parameters / sum(map(sum, self.linears))))
+
+
+def shapes_of(base: BaseConfig, target_modules: str | tuple[str, ...] = "all-linear") -> BaseShapes:
+    """Read the architecture of a base and find the linears that `target_modules` names.
+
+    Raises:
+        ConfigError: when the base cannot be found or nothing is matched.
+    """
+    source = resolve_base(base.model)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=base.revision or "main", trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"base {base.model!r}: its architecture cannot be read: {reason}") from None
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    one = LoramuxConfig(method="lora", options={"rank": 1}, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        hub = hub_of(get_peft_model(model, one))
+    except ValueError as error:
+        raise ConfigError(f"target modules {targets!r}: {error}") from None
+    assert hub is not None
+    linears = tuple((layer.in_features, layer.out_features) for layer in hub.layers().values())
+    return BaseShapes(linears, int(model.config.get_text_config().hidden_size))
