@@ -1,7 +1,7 @@
 """The training loop: stages of steps over the global batches of a mixture, on one or many processes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from ..support.console import Meter, meter, say
-from ..support.errors import RunError, TrainingDiverged
+from ..support.errors import ConfigError, RunError, TrainingDiverged
 from .answer_logits import Losses, Objective, sum_by_task, task_weights
 from .batches import MicroBatch, MixtureBatches
 from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint, read_checkpoint
 from .distributed import all_listed, all_sum, from_main, gradients_kept_local, shard
 from .optimizer import build_optimizer, clip_gradients, schedule_factor, set_learning_rates
+from .progress import Progress
 from .recipe import TrainConfig
 from .run_folder import RunFolder
 from .schedule import StageSpan, stage_spans
@@ -25,28 +26,6 @@ Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 SCORE = "metric"
 """The key of an evaluation's result that picks the best checkpoint: the mean validation metric over tasks."""
 _MOST_NAMED = 8
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it is in every checkpoint."""
-
-    step: int = 0
-    best_step: int | None = None
-    best_score: float | None = None
-    evaluations_without_gain: int = 0
-    stopped: bool = False
-    answer_tokens: int = 0
-    loss_sums: list[float] = field(default_factory=list)
-    """Per task, since the last log line."""
-    token_counts: list[float] = field(default_factory=list)
-
-    def add(self, sums: Tensor, counts: Tensor) -> None:
-        if not self.loss_sums:
-            self.loss_sums, self.token_counts = [0.0] * len(sums), [0.0] * len(counts)
-        self.loss_sums = [a + b for a, b in zip(self.loss_sums, sums.tolist(), strict=True)]
-        self.token_counts = [a + b for a, b in zip(self.token_counts, counts.tolist(), strict=True)]
-        self.answer_tokens += int(counts.sum())
 
 
 class Trainer:
@@ -110,7 +89,8 @@ class Trainer:
             self._after_step(span, shown)
         objective.release()
         self.wrapped = None
-        self.accelerator.free_memory()
+        if span is not self.spans[-1]:
+            self.accelerator.free_memory()  # a DDP wrapper left alive would reduce gradients a second time
 
     def _train_step(self, span: StageSpan) -> None:
         step = self.progress.step
@@ -186,7 +166,7 @@ class Trainer:
     def _after_step(self, span: StageSpan, shown: Meter) -> None:
         step, ends = self.progress.step, self.progress.step == self.config.steps
         if step % self.config.log_every == 0 or ends:
-            self._log_training(span, shown)
+            self._log_training(span)
         evaluates = self.evaluate is not None and (step % self._every(self.config.eval_every) == 0 or ends)
         improved = evaluates and self._evaluate(counts=span is self.spans[-1])
         if improved or ends or self.progress.stopped or step % self._every(self.config.save_every) == 0:
@@ -196,19 +176,11 @@ class Trainer:
     def _every(self, steps: int | None) -> int:
         return steps or max(self.config.steps // 4, 1)
 
-    def _log_training(self, span: StageSpan, shown: Meter) -> None:
-        progress = self.progress
-        seen = [
-            (name, total, count)
-            for name, total, count in zip(self.batches.names, progress.loss_sums, progress.token_counts, strict=True)
-            if count
-        ]
-        self.last["train/loss"] = sum(total for _, total, _ in seen) / sum(count for *_, count in seen)
-        rate = max(group["lr"] for group in self.optimizer.param_groups)
-        values = {f"train/loss/{name}": total / count for name, total, count in seen}
-        values |= {**self.last, "train/learning_rate": rate, "train/answer_tokens": progress.answer_tokens}
-        progress.loss_sums, progress.token_counts = [], []
-        self._log(values, stage=span.stage.name)
+    def _log_training(self, span: StageSpan) -> None:
+        self.last |= self.progress.take_losses(self.batches.names)
+        self.last["train/learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
+        self.last["train/answer_tokens"] = self.progress.answer_tokens
+        self._log(self.last, stage=span.stage.name)
 
     def _evaluate(self, *, counts: bool) -> bool:
         """Measure the model; True when its score is the best so far.
@@ -222,15 +194,7 @@ class Trainer:
         self.model.train()
         self._log({f"eval/{name}": float(value) for name, value in result.items()})
         score = result.get(SCORE)
-        if not counts or score is None:
-            return False
-        progress = self.progress
-        if progress.best_score is not None and score <= progress.best_score:
-            progress.evaluations_without_gain += 1
-            progress.stopped = progress.evaluations_without_gain == self.config.early_stop
-            return False
-        progress.best_step, progress.best_score, progress.evaluations_without_gain = progress.step, float(score), 0
-        return True
+        return counts and score is not None and self.progress.consider(float(score), self.config.early_stop)
 
     def _log(self, values: Mapping[str, float], **labels: str) -> None:
         if self.accelerator.is_main_process:
@@ -241,7 +205,8 @@ class Trainer:
 
     def _save(self) -> None:
         adapter = peft_names(self.model, adapter_weights(self.model))
-        checkpoint = Checkpoint(adapter, optimizer_state(self.optimizer), asdict(self.progress))
+        scaler = {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
+        checkpoint = Checkpoint(adapter, optimizer_state(self.optimizer), asdict(self.progress) | scaler)
         for name, tensor in checkpoint.adapter.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise TrainingDiverged(
@@ -262,8 +227,9 @@ class Trainer:
         if checkpoint is not None:
             load_adapter_state(self.model, checkpoint.adapter, str(self.checkpoints.at(checkpoint.state["step"])))
             self._resumed_optimizer = checkpoint.optimizer
-            kept = {name: checkpoint.state[name] for name in asdict(self.progress)}
-            self.progress = Progress(**kept)
+            self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(self.progress)})
+            if self.accelerator.scaler and "scaler" in checkpoint.state:
+                self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.checkpoints.drop_after(self.progress.step)
@@ -275,6 +241,8 @@ class Trainer:
         if self.is_sharded:
             shard(self.model, self.accelerator)
         if self.config.only_tasks is not None:
+            if self.is_sharded:
+                raise ConfigError("train.only_tasks needs whole experts on every process: train.distributed: ddp")
             self.hub.train_only(self.config.only_tasks)
 
     def _take_best(self) -> None:

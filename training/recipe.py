@@ -84,8 +84,12 @@ class TrainConfig:
         )
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio (={self.warmup_ratio}) must be in [0, 1)")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate (={self.learning_rate}) must be above 0")
+        for name in ("learning_rate", "router_learning_rate", "task_logit_learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} (={value}) must be above 0 and finite")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay (={self.weight_decay}) must be 0 or more")
 
 
 @config

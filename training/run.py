@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..adapters import LoramuxConfig
 from ..bases import base_identity, load_base
 from ..support.console import say
-from ..support.errors import ConfigError, LoramuxError
+from ..support.errors import ConfigError, LoramuxError, did_you_mean
 from ..tasks import EncodedTask, Mixture, Task, encode_task, load_tasks
 from .batches import MixtureBatches
 from .distributed import from_main, make_accelerator
@@ -21,6 +21,7 @@ from .loop import Evaluate, Trainer
 from .recipe import Recipe
 from .run_folder import RunFolder, base_fingerprint
 from .state import adapter_weights
+from .validation import validation
 from .warm_start import start_from
 
 T = TypeVar("T")
@@ -38,7 +39,11 @@ class TrainedRun:
 
 
 def train_run(
-    recipe: Recipe, folder: str | Path, *, resume: bool = False, evaluate: Evaluate | None = None
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    evaluate: Evaluate | Literal["validation"] | None = "validation",
 ) -> TrainedRun:
     """Train what the recipe says and leave the result in `folder`.
 
@@ -46,7 +51,9 @@ def train_run(
 
     Args:
         resume: go on from the newest whole checkpoint in `folder`; a finished run is just opened.
-        evaluate: `evaluate(model, step)`, called on every process; its `metric` picks the best weights.
+        evaluate: `evaluate(model, step)`, called on every process; its `metric` picks the best weights. `validation`
+            is the mean of the tasks' main metrics on their validation examples; None evaluates nothing and keeps the
+            last weights.
 
     Raises:
         ConfigError, DataError, AdapterError: the recipe, its tasks or its method cannot be used.
@@ -63,6 +70,8 @@ def train_run(
     tasks = load_tasks(recipe.tasks)
     model = build_model(base, recipe, [task.name for task in tasks])
     batches = build_batches(recipe, tasks, tokenizer, base, accelerator)
+    if evaluate == "validation":
+        evaluate = validation(tokenizer, batches.tasks, recipe.evaluate)
     _start_trackers(accelerator, recipe)
     Trainer(model, batches, recipe.train, accelerator, run, evaluate).train()
     weights = adapter_weights(model)
@@ -166,7 +175,11 @@ def _mixture(recipe: Recipe, tasks: Sequence[EncodedTask]) -> Mixture:
 def _only(recipe: Recipe, tasks: Sequence[EncodedTask]) -> tuple[Mixture, list[int]] | None:
     if recipe.train.only_tasks is None:
         return None
-    numbers = [number for number, task in enumerate(tasks) if task.name in recipe.train.only_tasks]
+    names = [task.name for task in tasks]
+    for name in recipe.train.only_tasks:
+        if name not in names:
+            raise ConfigError(f"train.only_tasks: no task {name!r}; {did_you_mean(name, names)}")
+    numbers = [number for number, name in enumerate(names) if name in recipe.train.only_tasks]
     return _mixture(recipe, [tasks[number] for number in numbers]), numbers
 
 

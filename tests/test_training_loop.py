@@ -1,0 +1,224 @@
+"""The loop: the same result however a batch is divided, stages, best weights, and stopping when the loss is lost."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_cases import ANSWERS, make_recipe, write_base, write_tasks
+
+from loramux.support.errors import AdapterError, ConfigError, RunError, TrainingDiverged
+from loramux.tasks import load_tasks
+from loramux.training.recipe import Recipe
+from loramux.training.run import TrainedRun, load_run, train_run
+
+Tensors = dict[str, torch.Tensor]
+LAST = "layers.1.mlp.down_proj.loramux_branches.default.0.bank.up"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("training")
+    return write_base(root / "base"), write_tasks(root / "tasks")
+
+
+def run_of(recipe: Recipe, folder: Path, **options) -> TrainedRun:
+    return train_run(recipe, folder, **{"evaluate": None, **options})
+
+
+def weights_of(folder: Path) -> Tensors:
+    return load_file(folder / "mixture" / "adapter_model.safetensors")
+
+
+def assert_same(one: Tensors, other: Tensors, atol: float = 0.0) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "moa"])
+def test_accumulation_equals_one_large_batch(places, tmp_path: Path, method: str) -> None:
+    """Answers differ in length between tasks, so a mean of micro-batch means would not do."""
+    for parts in (1, 3):
+        recipe = make_recipe(*places, f"method.name={method}", f"train.accumulation={parts}")
+        run_of(recipe, tmp_path / str(parts))
+    assert_same(weights_of(tmp_path / "1"), weights_of(tmp_path / "3"), atol=2e-5)
+
+
+def test_the_recipe_decides_the_weights(places, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run_of(make_recipe(*places, f"train.seed={seed}", "method.options={rank: 2, dropout: 0.2}"), tmp_path / name)
+    assert_same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+    assert any(not torch.equal(t, weights_of(tmp_path / "c")[n]) for n, t in weights_of(tmp_path / "a").items())
+
+
+def test_a_run_leaves_losses_per_task_and_opens_again(places, tmp_path: Path) -> None:
+    recipe = make_recipe(*places, "train.steps=40", "train.learning_rate=0.02", "train.eval_every=20")
+    run = train_run(recipe, tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    for task in ANSWERS:
+        losses = [line[f"train/loss/{task}"] for line in lines if f"train/loss/{task}" in line]
+        assert losses[-1] < 0.5 * losses[0]
+        evaluations = [line for line in lines if "eval/metric" in line]
+        assert {f"eval/loss/{task}", f"eval/metric/{task}"} <= evaluations[-1].keys()
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(2, 41, 2))
+    assert {line["stage"] for line in lines if "train/loss" in line} == {"experts", "router"}
+    again = load_run(tmp_path / "run")
+    ids = torch.tensor([[1, 5, 6, 7]])
+    for task in ANSWERS:
+        expected = run.model(input_ids=ids, routing_tasks=task).logits
+        torch.testing.assert_close(again.model(input_ids=ids, routing_tasks=task).logits, expected, rtol=0, atol=0)
+    assert [task.name for task in again.tasks] == [task.name for task in load_tasks(str(places[1]))]
+
+
+def test_the_best_weights_of_the_last_stage_are_kept(places, tmp_path: Path) -> None:
+    scores = {2: 1.0, 4: 1.0, 6: 1.0, 8: 0.5, 10: 0.7, 12: 0.6}
+    settings = ["train.steps=12", "train.eval_every=2", "train.keep_checkpoints=1", "method.options.router_share=0.5"]
+    recipe = make_recipe(*places, *settings)
+    run_of(recipe, tmp_path / "run", evaluate=lambda _model, step: {"metric": scores[step]})
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000010", "step-00000012"]
+    best = load_file(checkpoints / "step-00000010" / "adapter.safetensors")
+    assert_same(best, weights_of(tmp_path / "run"))
+
+
+def test_training_stops_when_evaluations_bring_no_gain(places, tmp_path: Path) -> None:
+    seen = []
+
+    def evaluate(_model: torch.nn.Module, step: int) -> dict[str, float]:
+        seen.append(step)
+        return {"metric": -step}
+
+    recipe = make_recipe(*places, "method.name=lora", "train.steps=40", "train.early_stop=2")
+    run_of(recipe, tmp_path / "run", evaluate=evaluate)
+    assert seen == [4, 8, 12]
+    best = tmp_path / "run" / "checkpoints" / "step-00000004" / "adapter.safetensors"
+    assert_same(load_file(best), weights_of(tmp_path / "run"))
+
+
+def test_a_lost_loss_stops_the_run_and_names_step_tasks_and_examples(places, tmp_path: Path) -> None:
+    def poison(model: torch.nn.Module, step: int) -> dict[str, float]:
+        if step == 4:
+            with torch.no_grad():
+                next(p for n, p in model.named_parameters() if n.endswith(LAST))[1] = float("inf")
+        return {}
+
+    recipe = make_recipe(*places, "method.name=moa", "train.save_every=3")
+    message = r"loss is not finite at step 5 \(task 'home'; training examples home\[\d+\].*last good .*step-00000003\."
+    with pytest.raises(TrainingDiverged, match=message):
+        run_of(recipe, tmp_path / "run", evaluate=poison)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    run_of(recipe, tmp_path / "run", resume=True)
+    run_of(recipe, tmp_path / "calm")
+    assert_same(weights_of(tmp_path / "calm"), weights_of(tmp_path / "run"))
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(places, tmp_path: Path) -> None:
+    def poison(model: torch.nn.Module, step: int) -> dict[str, float]:
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if n.endswith("bank.up")).fill_(float("nan"))
+        return {}
+
+    with pytest.raises(TrainingDiverged, match=r"bank.up is not finite after step 4; this state is not saved"):
+        run_of(make_recipe(*places, "train.save_every=4"), tmp_path / "run", evaluate=poison)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(places, tmp_path: Path) -> None:
+    def hook(model: torch.nn.Module, step: int) -> dict[str, float]:
+        parameter = next(p for n, p in model.named_parameters() if n.endswith("bank.up"))
+        parameter.register_hook(lambda gradient: gradient * float("inf"))
+        return {}
+
+    message = r"the gradient is not finite at step 5 \(task 'colour', 'home', 'sound'"
+    with pytest.raises(TrainingDiverged, match=message):
+        run_of(make_recipe(*places, "method.name=lora"), tmp_path / "run", evaluate=hook)
+
+
+def test_one_task_can_be_trained_again_without_touching_the_others(places, tmp_path: Path) -> None:
+    run_of(make_recipe(*places), tmp_path / "first")
+    again = ["train.only_tasks=[home]", "train.weight_decay=0.1", f"train.start_from={tmp_path / 'first'}"]
+    run_of(make_recipe(*places, *again), tmp_path / "second")
+    before, after = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    home = [task.name for task in load_tasks(str(places[1]))].index("home")
+    experts = [name for name in before if ".bank." in name]
+    assert experts
+    for name in experts:
+        for expert in range(3):
+            assert torch.equal(before[name][expert], after[name][expert]) == (expert != home), (name, expert)
+
+
+def test_a_task_can_be_added_later(places, tmp_path: Path) -> None:
+    def recipe(*names: str, **train) -> Recipe:
+        rows = [f"{{name: {name}, source: {{path: '{places[1] / name}'}}}}" for name in names]
+        return make_recipe(*places, f"tasks=[{', '.join(rows)}]", *(f"train.{k}={v}" for k, v in train.items()))
+
+    run_of(recipe("sound", "colour"), tmp_path / "two")
+    added = recipe("home", "colour", "sound", only_tasks="[home]", start_from=tmp_path / "two")
+    run_of(added, tmp_path / "three")
+    before, after = weights_of(tmp_path / "two"), weights_of(tmp_path / "three")
+    for name in (name for name in before if ".bank." in name):
+        assert torch.equal(before[name][0], after[name][2])
+        assert torch.equal(before[name][1], after[name][1])
+    with pytest.raises(RunError, match="has a task 'sound' that the recipe has not; its expert would be lost"):
+        run_of(recipe("home", "colour", start_from=tmp_path / "two"), tmp_path / "fewer")
+    wider = recipe("sound", "colour", start_from=tmp_path / "two")
+    wider = replace(wider, method=replace(wider.method, options={"rank": 3}))
+    with pytest.raises(RunError, match=r"tensor '.*down' has shape \(2, 2, 48\), the model \(2, 3, 48\)"):
+        run_of(wider, tmp_path / "wider")
+    with pytest.raises(RunError, match="holds no loramux mixture"):
+        run_of(recipe("sound", "colour", start_from=tmp_path), tmp_path / "nothing")
+
+
+def test_only_tasks_needs_experts_that_belong_to_tasks(places, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="only a method with one expert per task"):
+        run_of(make_recipe(*places, "method.name=lora", "train.only_tasks=[home]"), tmp_path / "lora")
+    with pytest.raises(ConfigError, match=r"train.only_tasks: no task 'hom'; did you mean 'home'\?"):
+        run_of(make_recipe(*places, "train.only_tasks=[hom]"), tmp_path / "typo")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("method.name=mao", r"unknown method 'mao'; did you mean 'moa'\?"),
+        ("method.target_modules=[nowhere]", r"method.target_modules \(=\('nowhere',\)\): .*not found"),
+        ("train.precision=fp16", "fp16 needs a GPU"),
+        ("train.trackers=[tensorbord]", r"unknown tracker 'tensorbord'; did you mean 'tensorboard'\?"),
+        ("train.accumulation=7", "batch of 6 examples cannot be divided over 1 processes x 7 micro-batches"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(places, tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_of(make_recipe(*places, setting), tmp_path / "run")
+
+
+def test_bf16_and_gradient_checkpointing_train(places, tmp_path: Path) -> None:
+    plain = run_of(make_recipe(*places), tmp_path / "plain")
+    run_of(make_recipe(*places, "train.gradient_checkpointing=true"), tmp_path / "checkpointed")
+    assert_same(weights_of(tmp_path / "plain"), weights_of(tmp_path / "checkpointed"), atol=1e-6)
+    run_of(make_recipe(*places, "train.precision=bf16"), tmp_path / "bf16")
+    rough = weights_of(tmp_path / "bf16")
+    assert all(t.dtype == torch.float32 for t in rough.values())
+    losses = [metrics(tmp_path / name)[-1]["train/loss"] for name in ("plain", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert plain.model.training is False
+
+
+def test_tensorboard_gets_the_losses_of_every_task(places, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_of(make_recipe(*places, "train.trackers=[tensorboard]"), tmp_path / "run")
+    folder = next((tmp_path / "run" / "trackers").rglob("events*")).parent
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for task in ANSWERS:
+        logged = {event.step: event.value for event in events.Scalars(f"train/loss/{task}")}
+        written = {line["step"]: line[f"train/loss/{task}"] for line in metrics(tmp_path / "run")}
+        assert logged == pytest.approx(written, rel=1e-6)

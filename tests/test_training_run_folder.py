@@ -1,0 +1,126 @@
+"""Run folders: which run they hold, what they tell about it, and what happens to them when work is interrupted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_cases import make_recipe, write_base, write_tasks
+
+from loramux.support.errors import RunError
+from loramux.training.run import load_run, train_run
+from loramux.training.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    return write_base(root / "base"), write_tasks(root / "tasks")
+
+
+@pytest.fixture(scope="module")
+def finished(places, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train_run(make_recipe(*places), folder, evaluate=None)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path) -> Path:
+    """Beside the original, so that relative paths in its recipe still hold."""
+    folder = finished.parent / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(finished, folder)
+
+
+def test_a_finished_run_is_recognised_and_just_opened(places, finished: Path, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    train_run(make_recipe(*places), finished, resume=True, evaluate=None)
+    assert "this run is finished" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_a_used_folder_is_refused_without_resume(places, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds a finished run; resume it \(--resume\) or name another folder"):
+        train_run(make_recipe(*places), finished, evaluate=None)
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(RunError, match=r"not empty and not a run folder \(no recipe.yaml\)"):
+        train_run(make_recipe(*places), tmp_path, evaluate=None)
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_another_recipe_cannot_resume_a_run(places, copy: Path) -> None:
+    shutil.rmtree(copy / "mixture")
+    with pytest.raises(RunError, match="holds an unfinished run"):
+        train_run(make_recipe(*places), copy, evaluate=None)
+    message = r"made by another recipe \(method.options.rank was 2, now 3; train.seed was 0, now 7\)"
+    with pytest.raises(RunError, match=message):
+        train_run(make_recipe(*places, "train.seed=7", "method.options.rank=3"), copy, resume=True, evaluate=None)
+    train_run(make_recipe(*places, "train.log_every=3"), copy, resume=True, evaluate=None)
+
+
+def test_another_base_cannot_resume_or_open_a_run(places, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    recipe = make_recipe(base, places[1])
+    train_run(recipe, tmp_path / "run", evaluate=None)
+    write_base(base, seed=5)
+    with pytest.raises(RunError, match=r"trained on another base model than .* \(its weights differ\)"):
+        load_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "mixture")
+    with pytest.raises(RunError, match="trained on another base model"):
+        train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
+
+
+def test_a_lost_end_of_training_is_done_again_with_the_same_result(places, finished: Path, copy: Path) -> None:
+    shutil.rmtree(copy / "mixture")
+    shutil.rmtree(copy / "checkpoints" / "step-00000008")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "train/lo')
+    train_run(make_recipe(*places), copy, resume=True, evaluate=None)
+    assert (copy / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    for name, tensor in load_file(finished / "mixture" / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(copy / "mixture" / "adapter_model.safetensors")[name], tensor)
+
+
+def test_a_truncated_mixture_is_named(copy: Path) -> None:
+    file = copy / "mixture" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(RunError, match=r"adapter_model.safetensors: \d+ bytes, \d+ were written"):
+        load_run(copy)
+
+
+def test_what_is_no_finished_run_cannot_be_opened(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run folder"):
+        load_run(tmp_path)
+    with pytest.raises(RunError, match="not a run folder"):
+        RunFolder(tmp_path).read_recipe()
+    shutil.rmtree(copy / "mixture")
+    with pytest.raises(RunError, match="the run is not finished"):
+        load_run(copy)
+
+
+def test_a_line_of_the_metrics_that_cannot_be_read_is_named(copy: Path) -> None:
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    (copy / "metrics.jsonl").write_text("\n".join([lines[0], "{", *lines[1:]]))
+    with pytest.raises(RunError, match=r"metrics.jsonl, line 2: not readable as JSON"):
+        RunFolder(copy).metrics()
+
+
+def test_a_last_line_torn_by_a_kill_is_left_out(copy: Path) -> None:
+    whole = RunFolder(copy).metrics()
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "tr')
+    assert RunFolder(copy).metrics() == whole
+
+
+def test_the_environment_tells_versions_and_machine_but_not_where_it_ran(finished: Path) -> None:
+    text = (finished / "environment.json").read_text()
+    noted = json.loads(text)
+    assert noted["seed"] == 0
+    assert noted["processes"] == 1
+    assert noted["packages"]["torch"] == torch.__version__
+    assert noted["hardware"]["cpus"]
+    assert str(Path.home()) not in text
+    assert str(finished.parent) not in text
