@@ -1,0 +1,77 @@
+"""What the README and CONTRIBUTING show works as it stands there."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loramux.cli.main import build_parser
+from loramux.support.config import parse
+from loramux.tasks import read_task_configs
+from loramux.training.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = [block for name, block in fenced if name == language]
+    assert found, f"no {language} block"
+    return found
+
+
+def yaml_block(name: str) -> object:
+    return yaml.safe_load(next(block for block in blocks("yaml") if block.startswith(f"# {name}")))
+
+
+def test_the_recipe_is_valid() -> None:
+    recipe = parse(Recipe, yaml_block("recipe.yaml"), where="README")
+    assert (recipe.method.name, recipe.tasks) == ("smora", "tasks.yaml")
+
+
+def test_the_task_file_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(yaml_block("tasks.yaml")), encoding="utf-8")
+    assert [task.name for task in read_task_configs(tmp_path / "tasks.yaml")] == ["intent", "sentiment"]
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`loramux (\w+)", README + CONTRIBUTING))))
+def test_every_command_named_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        build_parser().parse_args([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"usage: loramux {command}" in capsys.readouterr().out
+
+
+def test_every_command_line_shown_is_understood() -> None:
+    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+    shown = [words[1:] for words in lines if words[:1] == ["loramux"]]
+    assert {words[0] for words in shown} >= {"train", "evaluate", "export", "compare"}
+    for words in shown:
+        assert build_parser().parse_args(words).command == words[0]
+
+
+def test_the_tree_names_every_folder_and_only_what_is_there() -> None:
+    tree = next(block for block in blocks("") if block.startswith("adapters/"))
+    named = [line.split()[0] for line in tree.splitlines() if not line.startswith(" ")]
+    assert not [name for name in named if not (ROOT / name).exists()]
+    assert {f"{init.parent.name}/" for init in ROOT.glob("[!.]*/__init__.py")} <= set(named)
+
+
+def test_the_method_shown_in_contributing_is_the_real_one() -> None:
+    (shown,) = (block for block in blocks("python", CONTRIBUTING) if "@register_method" in block)
+    assert shown in (ROOT / "adapters" / "methods" / "hydralora.py").read_text(encoding="utf-8")
+    rows = [line[1:] for line in blocks("diff", CONTRIBUTING)[0].splitlines() if line.startswith("+")]
+    cases = (ROOT / "tests" / "cases.py").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 2
+    assert set(rows) <= set(cases)
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_python_shown_is_python(text: str) -> None:
+    for block in blocks("python", text):
+        ast.parse(block)
