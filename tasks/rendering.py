@@ -46,9 +46,8 @@ def _render_chat(example: Example, tokenizer: Any) -> Rendered:
     whole = _apply(tokenizer, messages, False)
     segments: list[Segment] = []
     position, before, after = 0, "", ""
-    for index, message in enumerate(messages):
-        if index not in learnt and index != len(messages) - 1:
-            continue
+    for index in learnt:
+        message = messages[index]
         head = _apply(tokenizer, messages[:index], True)
         start = whole.find(message["content"], len(head)) if whole.startswith(head) else -1
         if start < position:
@@ -60,15 +59,15 @@ def _render_chat(example: Example, tokenizer: Any) -> Rendered:
         before, after = whole[len(head) : start], _end_marker(whole[end:], tokenizer)
         segments.append(Segment(whole[position : len(head)], _all_trained(example)))
         position = end + len(after)
-        segments.append(Segment(whole[len(head) : position], index in learnt, ends=not after))
+        segments.append(Segment(whole[len(head) : position], True, ends=not after))
     return Rendered(tuple(segments), before, after, special=False)
 
 
-def _messages(example: Example) -> tuple[list[dict[str, str]], set[int]]:
-    """An example as chat messages, and which of them are learnt answers."""
+def _messages(example: Example) -> tuple[list[dict[str, str]], list[int]]:
+    """An example as chat messages, and which of them are learnt answers; the last one always is."""
     roles = {"prompt": "user", "answer": "assistant"}
     messages = [{"role": roles.get(t.role, t.role), "content": t.text.strip()} for t in example.turns]
-    learnt = {i for i, t in enumerate(example.turns) if t.trained and messages[i]["role"] == "assistant"}
+    learnt = [i for i, t in enumerate(example.turns) if t.trained and messages[i]["role"] == "assistant"]
     return messages, learnt
 
 

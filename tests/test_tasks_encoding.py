@@ -113,6 +113,24 @@ class TestPlain:
         one, other = (encoded(e, tokenizer, chat_template=False) for e in (spaced, plain))
         assert one == other
 
+    @pytest.mark.parametrize(
+        ("prompt", "answer", "text"),
+        [
+            ("Answer:", "yes", "Answer: yes"),
+            ("Answer:", " yes", "Answer: yes"),
+            ("Answer: ", "yes", "Answer: yes"),
+            ("Answer:\n", "yes", "Answer:\nyes"),
+            ("Answer:", "\nyes", "Answer:\nyes"),
+            ("def f():\n", "    return 1", "def f():\n    return 1"),
+        ],
+    )
+    def test_one_space_stands_between_prompt_and_answer_unless_they_bring_their_own(
+        self, prompt: str, answer: str, text: str
+    ) -> None:
+        tokenizer = chatting()
+        one = encoded(example({"prompt": prompt, "completion": answer}), tokenizer, chat_template=False)
+        assert tokenizer.decode(one.input_ids) == text + "<eos>"
+
     def test_the_delimiter_can_be_empty(self) -> None:
         tokenizer = chatting()
         one = encoded(example({"prompt": "Answer:", "completion": "yes"}, delimiter=""), tokenizer, chat_template=False)

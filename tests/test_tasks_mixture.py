@@ -88,9 +88,16 @@ def test_another_seed_is_another_order() -> None:
 
 def test_every_pass_is_shuffled_anew() -> None:
     mix = mixture([32], MixtureConfig(bucket_by_length=False, window=1))
-    passes = [[pair for step in range(8 * n, 8 * n + 8) for pair in mix.batch(step)] for n in range(3)]
+    passes = [[frozenset(mix.batch(step)) for step in range(8 * n, 8 * n + 8)] for n in range(3)]
     assert len({tuple(one) for one in passes}) == 3
-    assert all(sorted(one) == [(0, i) for i in range(32)] for one in passes)
+    assert all(frozenset().union(*one) == {(0, i) for i in range(32)} for one in passes)
+
+
+def test_every_window_has_its_buckets_in_another_order() -> None:
+    mix = mixture([500], MixtureConfig(window=8), batch_size=4)
+    windows = [[max(mix.lengths[t][e] for t, e in mix.batch(8 * n + i)) for i in range(8)] for n in range(4)]
+    orders = {tuple(sorted(range(8), key=window.__getitem__)) for window in windows}
+    assert len(orders) == 4
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,8 @@ class TestFiles:
     def test_every_format_gives_the_same_examples(self, tmp_path: Path) -> None:
         write_lines(tmp_path / "lines.jsonl")
         write_lines(tmp_path / "lines_called.json")
+        marked = write_lines(tmp_path / "byte_order_mark.jsonl")
+        marked.write_text(marked.read_text(), encoding="utf-8-sig")
         (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=1))
         for name, delimiter in (("table.csv", ","), ("table.tsv", "\t")):
             with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
@@ -197,7 +199,7 @@ class TestFiles:
         datasets.Dataset.from_list(ROWS).to_parquet(str(tmp_path / "table.parquet"))
         sources = [{"name": "t", "source": {"path": str(path)}} for path in sorted(tmp_path.iterdir())]
         splits = [load_tasks([source])[0].splits for source in sources]
-        assert len(splits) == 6
+        assert len(splits) == 7
         assert all(one == splits[0] for one in splits)
 
     def test_a_folder_that_save_to_disk_wrote(self, tmp_path: Path) -> None:
@@ -295,6 +297,11 @@ class TestSplits:
         source = {"path": str(write_lines(tmp_path / "rows.jsonl")), "validation_size": 3}
         (task,) = load_tasks([{"name": "t", "source": source}])
         assert len(task.splits["validation"]) == 3
+
+    def test_a_limit_on_training_rows_leaves_the_carved_split_whole(self) -> None:
+        task, limited = Task.from_rows("t", self.rows()), Task.from_rows("t", self.rows(), limit={"train": 5})
+        assert limited.splits["validation"] == task.splits["validation"]
+        assert len(limited.splits["train"]) == 5
 
     def test_without_a_test_split_validation_is_used_and_said(self) -> None:
         task = Task.from_rows("t", {"train": self.rows(), "validation": self.rows(5)})
