@@ -28,7 +28,23 @@ QUESTIONS = {
     "kind": ("What are they?", "Name the kind.", "What do we call them?"),
 }
 _WORDS = vocabulary()
-_SHARES = {"sentence": 0.33, "numbers": 0.29, "one": 0.1, "quality": 0.12, "group": 0.06, "story": 0.06, "fact": 0.04}
+_EVERY_WORD = (
+    *_WORDS.names,
+    *_WORDS.things,
+    *COLOURS,
+    *(word for pair in (*_WORDS.places, *_WORDS.nouns, *VERBS, *_WORDS.thing_qualities) for word in pair),
+    *map(str, range(1, 21)),
+)
+_SHARES = {
+    "sentence": 0.33,
+    "numbers": 0.29,
+    "one": 0.08,
+    "quality": 0.1,
+    "group": 0.05,
+    "echo": 0.05,
+    "story": 0.06,
+    "fact": 0.04,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ def documents(seed: int) -> Iterator[tuple[Line, ...]]:
         if kind in FAMILIES:
             yield exercise(rng, kind)
         else:
-            yield (Line(story(rng) if kind == "story" else fact(rng)),)
+            yield echo(rng) if kind == "echo" else (Line(story(rng) if kind == "story" else fact(rng)),)
 
 
 def text(document: tuple[Line, ...]) -> str:
@@ -67,11 +83,18 @@ def exercise(rng: random.Random, family: str) -> tuple[Line, ...]:
     return (question, *_alternating([(d.input, d.answers[tasks[0]]) for d in inputs]))
 
 
+def echo(rng: random.Random) -> tuple[Line, ...]:
+    """Words in no order, then the same words again: it teaches to copy anything, not only what is expected."""
+    words = " ".join(rng.sample(_EVERY_WORD, rng.randint(2, 7)))
+    lines = [Line(words, given=True), Line("Say it again.", given=True)]
+    return (*(lines if rng.random() < 0.5 else lines[::-1]), Line(words))
+
+
 def story(rng: random.Random) -> str:
     """A few sentences about one person, one thing and the places it came to."""
     name, friend = rng.sample(_WORDS.names, 2)
     thing, colour = rng.choice(_WORDS.things), rng.choice(COLOURS)
-    here, there = rng.sample(_WORDS.places, 2)
+    here, there = (f"{preposition} the {place}" for preposition, place in rng.sample(_WORDS.places, 2))
     mood, later = rng.sample(rng.choice(_WORDS.people_qualities), 2)
     sentences = [
         f"{name} has a {colour} {thing}.",

@@ -48,7 +48,7 @@ class PretrainConfig:
     """Weight in the loss of what nobody can predict, the inputs and questions of exercises."""
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
-    vocabulary: int = 1024
+    vocabulary: int = 1280
     hidden_size: int = 128
     layers: int = 5
     intermediate_size: int = 384

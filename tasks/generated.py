@@ -36,16 +36,18 @@ class Drawn:
 
 
 def sentence(rng: random.Random, words: Vocabulary) -> Drawn:
-    name, colour, thing, place = (rng.choice(w) for w in (words.names, COLOURS, words.things, words.places))
+    name, colour, thing = (rng.choice(some) for some in (words.names, COLOURS, words.things))
+    preposition, place = rng.choice(words.places)
+    where = f"{rng.choice((preposition, preposition, 'near', 'by', 'behind'))} the {place}"
     past, base = rng.choice(VERBS)
     answers = {
         "who": name,
-        "where": place,
-        "tomorrow": f"{name} will {base} the {colour} {thing} {place}.",
+        "where": where,
+        "tomorrow": f"{name} will {base} the {colour} {thing} {where}.",
         "colour": colour,
         "thing": thing,
     }
-    return Drawn(f"{name} {past} the {colour} {thing} {place}.", answers)
+    return Drawn(f"{name} {past} the {colour} {thing} {where}.", answers)
 
 
 def numbers(rng: random.Random, words: Vocabulary) -> Drawn:

@@ -25,12 +25,10 @@ VERBS = _pairs(  # past/base
     "put/put hid/hide left/leave found/find lost/lose dropped/drop saw/see kept/keep broke/break cleaned/clean "
     "painted/paint threw/throw sold/sell bought/buy washed/wash drew/draw"
 )
-PLACES = tuple(
-    f"{preposition} the {place}"
-    for preposition, place in _pairs(
-        "in/garden in/kitchen at/beach under/bed by/river in/barn behind/house near/lake in/park on/hill in/attic "
-        "in/cellar on/roof at/market by/window at/station under/tree on/boat in/cave at/farm"
-    )
+PLACES = _pairs(  # preposition/place; `near`, `by` and `behind` go with any
+    "in/garden in/kitchen at/beach under/bed in/river in/barn behind/house on/lake in/park on/hill in/attic in/cellar "
+    "on/roof at/market by/window at/station under/tree on/boat in/cave at/farm at/school in/church in/shop in/mill "
+    "in/tower in/castle in/forest in/field in/pond on/bridge"
 )
 THINGS = _words("cup ball book key box letter basket bottle coin spoon plate bag drum kite clock pen")
 
@@ -76,7 +74,7 @@ class Vocabulary:
 
     names: tuple[str, ...]
     things: tuple[str, ...]
-    places: tuple[str, ...]
+    places: tuple[tuple[str, str], ...]
     kinds: dict[str, tuple[tuple[str, str], ...]]
     people_qualities: tuple[tuple[str, str], ...]
     thing_qualities: tuple[tuple[str, str], ...]
