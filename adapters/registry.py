@@ -1,4 +1,4 @@
-"""Methods by name: presets over the shared blocks, found in `methods/` and in the `loramux.methods` entry points."""
+"""Methods by name: presets over the shared blocks, found in `presets/` and in the `loramux.methods` entry points."""
 
 import importlib
 import inspect
@@ -97,7 +97,7 @@ def register_method(name: str, *, paper: str) -> Callable[[Callable[..., MethodC
 
 def methods() -> Mapping[str, Method]:
     """All methods by name: ours, and those other packages offer under the entry point group `loramux.methods`."""
-    package = importlib.import_module(f"{__package__}.methods")
+    package = importlib.import_module(f"{__package__}.presets")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     for entry in entry_points(group="loramux.methods"):

@@ -64,7 +64,7 @@ def test_the_tree_names_every_folder_and_only_what_is_there() -> None:
 
 def test_the_method_shown_in_contributing_is_the_real_one() -> None:
     (shown,) = (block for block in blocks("python", CONTRIBUTING) if "@register_method" in block)
-    assert shown in (ROOT / "adapters" / "methods" / "hydralora.py").read_text(encoding="utf-8")
+    assert shown in (ROOT / "adapters" / "presets" / "hydralora.py").read_text(encoding="utf-8")
     rows = [line[1:] for line in blocks("diff", CONTRIBUTING)[0].splitlines() if line.startswith("+")]
     cases = (ROOT / "tests" / "cases.py").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 2
