@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ..support.errors import ConfigError, did_you_mean
 from .answer_logits import base_of
@@ -35,8 +35,8 @@ def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Acceler
         mixed_precision=config.precision,
         log_with=list(config.trackers) or None,
         project_dir=folder / "trackers" if folder else None,
-        # Buffers are equal on all processes already. A model may hold linears that text never reaches.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+        # A model may hold linears that text never reaches.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ConfigError(
@@ -51,13 +51,20 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    processes = accelerator.num_processes
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        """A single stacked expert `[1, r, d]` would lie on one process whole; it is cut along a later dimension."""
+        fitting = [dim for dim, size in enumerate(parameter.shape) if size % processes == 0]
+        return Shard(fitting[0] if fitting else 0)
+
     model.to(accelerator.device)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = init_device_mesh(accelerator.device.type, (processes,))
     blocks = set(getattr(base_of(model), "_no_split_modules", None) or ())
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, shard_placement_fn=placement)
 
 
 @contextmanager
@@ -85,11 +92,11 @@ def copy_full(target: Tensor, full: Tensor) -> None:
     target.copy_(full)
 
 
-def rows_like(parameter: Tensor, values: Tensor) -> Tensor:
-    """`values` (E,) as `[E, 1, ...]`, sharded like the stacked `parameter` `[E, ...]`."""
-    shaped = values.view(-1, *[1] * (parameter.dim() - 1)).to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(shaped, parameter.device_mesh, parameter.placements)
+def rows_like(stacked: Tensor, values: Tensor) -> Tensor:
+    """`values` (E,), equal on all processes, as `[E, 1, ...]` to be combined with `stacked` `[E, ...]`."""
+    shaped = values.view(-1, *[1] * (stacked.dim() - 1)).to(stacked.device)
+    if isinstance(stacked, DTensor):
+        return DTensor.from_local(shaped, stacked.device_mesh, [Replicate()], run_check=False)
     return shaped
 
 

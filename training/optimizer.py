@@ -100,7 +100,7 @@ def _stacked(optimizer: Any, tasks: int) -> list[nn.Parameter]:
 
 def _clip_each_expert(stacked: Sequence[nn.Parameter], max_norm: float) -> None:
     gradients = [parameter.grad for parameter in stacked if parameter.grad is not None]
-    squares = [full_tensor(gradient.float().square().flatten(1).sum(1)) for gradient in gradients]
+    squares = [full_tensor(g.float().square().sum(dim=tuple(range(1, g.dim())))) for g in gradients]
     factors = (max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(rows_like(gradient, factors.to(gradient.dtype)))

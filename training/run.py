@@ -76,7 +76,8 @@ def train_run(
     Trainer(model, batches, recipe.train, accelerator, run, evaluate).train()
     weights = adapter_weights(model)
     on_main(accelerator, lambda: run.write_mixture(model, weights))
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return load_run(run.path, tasks=tasks)
 
 

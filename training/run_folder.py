@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..support.config import load_yaml, parse, to_data
 from ..support.errors import RunError
-from ..support.files import atomic_folder, write_json, write_text
+from ..support.files import atomic_folder, remove_partials, write_json, write_text
 from .checkpoint import check_tensors, verify_manifest, write_manifest
 from .recipe import Recipe, dump_recipe, resolve_paths
 from .state import peft_names
@@ -51,8 +51,9 @@ class RunFolder:
         Raises:
             RunError: it holds another run, or this one and `resume` was not asked for, or files of something else.
         """
-        if not self.path.exists() or not any(self.path.iterdir()):
-            self.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_partials(self.path)
+        if not any(self.path.iterdir()):
             write_text(self.recipe_file, dump_recipe(recipe, self.path.absolute()))
             return "new"
         if not self.recipe_file.is_file():

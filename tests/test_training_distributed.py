@@ -1,0 +1,91 @@
+"""Two processes give the weights of one process at the same global batch, with copies (DDP) and with shards (FSDP)."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_child import EVALUATIONS
+from safetensors.torch import load_file
+from training_cases import make_recipe, write_base, write_tasks
+
+from loramux.training.run import train_run
+
+# Answers differ in length, a batch of 5 gives the processes 3 and 2 rows, and one of 6 gives micro-batches of 2 and 1.
+MOA = ["method.name=moa", "train.accumulation=2"]
+SMORA = ["method.name=smora", "method.options={rank: 8, top_k: 3, balance_rate: 0.01}", "train.batch_size=5"]
+LORA = ["method.name=lora", "train.gradient_checkpointing=true", "train.steps=4"]
+JOBS = {"moa": MOA, "smora": SMORA, "lora": LORA}
+KINDS = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of two processes in `two/` and the same runs of one process in `one/`."""
+    root = tmp_path_factory.mktemp("distributed")
+    base, tasks = write_base(root / "base"), write_tasks(root / "tasks")
+    jobs = [
+        f"{name}-{kind}={';'.join([*settings, f'train.distributed={kind}'])}"
+        for name, settings in JOBS.items()
+        for kind in KINDS
+    ]
+    child = Path(__file__).with_name("distributed_child.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(child)]
+    places = [str(base), str(tasks), str(root / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *places, *jobs], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for name, settings in JOBS.items():
+        train_run(make_recipe(base, tasks, *settings), root / "one" / name, evaluate=EVALUATIONS[name])
+    return root
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "mixture" / "adapter_model.safetensors")
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=5e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_train_the_weights_of_one(root: Path, name: str, kind: str) -> None:
+    assert json.loads((root / "two" / f"{name}-{kind}" / "environment.json").read_text())["processes"] == 2
+    assert_close(weights_of(root / "one" / name), weights_of(root / "two" / f"{name}-{kind}"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_log_the_losses_and_metrics_of_one(root: Path, name: str, kind: str) -> None:
+    """And with FSDP each of them holds half of all weights while it does."""
+    lines = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (root / "one" / name, root / "two" / f"{name}-{kind}")
+    ]
+    assert len(lines[0]) == len(lines[1]) > 2
+    for one, two in zip(*lines, strict=True):
+        stage = one.pop("stage", None)
+        assert stage == two.pop("stage", None)
+        if "eval/held" in one:
+            assert one.pop("eval/held") == 1.0
+            assert two.pop("eval/held") == pytest.approx(0.5 if kind == "fsdp" else 1.0, abs=0.01)
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_two_processes_resumes_on_one(root: Path, kind: str) -> None:
+    """Whatever wrote it, a checkpoint holds whole tensors."""
+    source, run = root / "two" / f"moa-{kind}", root / "two" / f"resumed-{kind}"
+    shutil.copytree(source, run)
+    shutil.rmtree(run / "mixture")
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    recipe = make_recipe(root / "base", root / "tasks", *MOA, f"train.distributed={kind}")
+    train_run(recipe, run, resume=True)
+    assert_close(weights_of(source), weights_of(run))
