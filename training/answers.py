@@ -38,9 +38,8 @@ class Respondent:
         self.model, self.tokenizer, self.routing = model, tokenizer, dict(routing or {})
         tuner = getattr(model, "base_model", None)
         self._hub = tuner if isinstance(tuner, LoramuxModel) else None
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self._accepted = set(inspect.signature(base.forward).parameters)
-        self._positions: int | None = getattr(base.config, "max_position_embeddings", None)
+        self._accepted = set(inspect.signature(_base_of(model).forward).parameters)
+        self._positions = positions_of(model)
         self.device = next(model.parameters()).device
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
@@ -144,17 +143,30 @@ class _Block:
         return max(map(len, self.rows))
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens the model takes, where its config tells."""
+    return getattr(_base_of(model).config, "max_position_embeddings", None)
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _blocks(beginnings: list[list[tuple[int, ...]]], most_tokens: int) -> Iterator[_Block]:
     """Cut the beginnings of all prompts, shortest first, into blocks of at most `most_tokens` padded tokens."""
     most = max(map(len, beginnings))
     filled: list[list[tuple[int, ...]]] = [[*own, *[()] * (most - len(own))] for own in beginnings]
     start = 0
     while start < most:
-        copies = min(_MOST_COPIES, most - start)
-        while copies > 1 and copies * len(filled) * max(len(f[start + copies - 1]) for f in filled) > most_tokens:
-            copies -= 1
-        yield _Block([row for own in filled for row in own[start : start + copies]], copies)
-        start += copies
+        block = _block(filled, start, min(_MOST_COPIES, most - start))
+        while block.copies > 1 and len(block.rows) * block.width > most_tokens:
+            block = _block(filled, start, block.copies // 2)
+        yield block
+        start += block.copies
+
+
+def _block(filled: list[list[tuple[int, ...]]], start: int, copies: int) -> _Block:
+    return _Block([row for own in filled for row in own[start : start + copies]], copies)
 
 
 def _picks(block: _Block, flat: list[tuple[int, tuple[int, ...]]]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from ..adapters import LoramuxModel
 from ..support.console import Meter, meter
 from ..support.errors import AdapterError
 from ..tasks import Encoded, EncodedTask, Example, as_written, compute
-from .answers import Respondent
+from .answers import Respondent, positions_of
 
 Routing = Literal["named", "auto"]
 Scores = dict[str, dict[str, float]]
@@ -134,11 +134,12 @@ class _Exam:
         self, tasks: Sequence[EncodedTask], split: str, limit: int | None, title: str | None
     ) -> dict[str, list[Prediction]]:
         """All answers by task, in the order of the split; every process gets all of them."""
-        work = [(task, batch) for task in tasks for batch in self._batches(task, split, limit)]
+        drawn = {task.name: questions(task, split, limit) for task in tasks}
+        work = [(task, batch) for task in tasks for batch in self._batches(drawn[task.name])]
         answers: list[Prediction] = []
         with eval_mode(self.model), _main_meter(title, sum(len(batch) for _, batch in work)) as progress:
             for task, batch in work:
-                answers += self._answer(task, batch)
+                answers += self._answer(task, batch, self._room(task, drawn[task.name]))
                 if progress is not None:
                     progress.advance(len(batch), task.name)
         if not _is_sharded(self.model):
@@ -146,17 +147,23 @@ class _Exam:
         by_place = sorted(answers, key=lambda answer: answer.index)
         return {task.name: [a for a in by_place if a.task == task.name] for task in tasks}
 
-    def _batches(self, task: EncodedTask, split: str, limit: int | None) -> list[list[Question]]:
+    def _batches(self, chosen: Sequence[Question]) -> list[list[Question]]:
         """The batches of this process: alike in length, the longest first."""
-        chosen = sorted(questions(task, split, limit), key=lambda q: (-len(q.encoded.input_ids), q.index))
-        batches = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+        ordered = sorted(chosen, key=lambda q: (-len(q.encoded.input_ids), q.index))
+        batches = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
         return batches if _is_sharded(self.model) else batches[_rank() :: _world()]
 
-    def _answer(self, task: EncodedTask, batch: Sequence[Question]) -> list[Prediction]:
+    def _room(self, task: EncodedTask, chosen: Sequence[Question]) -> int:
+        """How many tokens an answer may have: the same for all prompts of a task, however they are batched."""
+        positions = positions_of(self.model) or float("inf")
+        longest = max(len(question.prompt) for question in chosen)
+        return int(max(1, min(task.task.config.max_new_tokens, positions - longest)))
+
+    def _answer(self, task: EncodedTask, batch: Sequence[Question], room: int) -> list[Prediction]:
         respondent = Respondent(self.model, self.tokenizer, routing_of(self.model, task.name, self.routing))
         scores = respondent.option_scores([q.prompt for q in batch], [q.options for q in batch])
         routes = self._routes(respondent, len(batch))
-        answers = self._answers(task, batch, scores, respondent)
+        answers = self._answers(task, batch, scores, respondent, room)
         return [
             Prediction(
                 task=task.name,
@@ -176,7 +183,12 @@ class _Exam:
         return [None] * count if routes is None else routes
 
     def _answers(
-        self, task: EncodedTask, batch: Sequence[Question], scores: list[list[float]], respondent: Respondent
+        self,
+        task: EncodedTask,
+        batch: Sequence[Question],
+        scores: list[list[float]],
+        respondent: Respondent,
+        room: int,
     ) -> list[tuple[str, str]]:
         """Prediction and reference of every question: the likeliest choice, or the text the model writes."""
         pairs = [
@@ -186,7 +198,7 @@ class _Exam:
         rows = [row for row, question in enumerate(batch) if not question.encoded.choices]
         if rows:
             prompts = [batch[row].prompt for row in rows]
-            produced = respondent.generate(prompts, task.task.config.max_new_tokens, task.stop_ids)
+            produced = respondent.generate(prompts, room, task.stop_ids)
             texts = self.tokenizer.batch_decode(produced, skip_special_tokens=True)
             references = as_written([batch[row].example.target for row in rows], self.tokenizer)
             for row, text, reference in zip(rows, texts, references, strict=True):
