@@ -160,18 +160,21 @@ def _method_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _method_row(method: Method, shapes: BaseShapes, tasks: int, rank: int | None) -> list[str]:
     options = {"rank": rank} if rank is not None and "rank" in method.options() else {}
-    built = method_config(method.name, num_tasks=tasks, options=options)
+    paper = method.paper.split(",")[0]
+    try:
+        built = method_config(method.name, num_tasks=tasks, options=options)
+    except ConfigError as error:
+        return [method.name, "-", "-", str(error).removeprefix(f"method {method.name!r}: "), "-", "-", paper]
     parameters = shapes.count(method.name, options, tasks)
     shown = {**method.options(), **options}
-    sizes = ("rank", "experts", "top_k")
     return [
         method.name,
         built.granularity.name.lower() if built.granularity else "nothing",
         "exact" if built.exports_exactly else "fitted",
-        ", ".join(f"{key} {shown[key]}" for key in sizes if key in shown),
+        ", ".join(f"{key} {shown[key]}" for key in ("rank", "experts", "top_k") if key in shown),
         f"{parameters:,}",
         f"rank {shapes.matched_rank(parameters)}",
-        method.paper.split(",")[0],
+        paper,
     ]
 
 

@@ -1,0 +1,194 @@
+"""The command line as people use it: every command for real, every mistake one message and exit code 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training_cases import write_base, write_tasks
+
+from loramux.cli import main
+
+SMALL = ["train.steps=4", "train.batch_size=6", "train.eval_every=4", "evaluate.limit=3", "method.options={rank: 2}"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_base(folder / "base")
+    write_tasks(folder / "tasks")
+    return folder
+
+
+def settings(inputs: Path, *more: str) -> list[str]:
+    places = [f"base.model={inputs / 'base'}", "base.known_as=someone/tiny", f"tasks={inputs / 'tasks'}"]
+    return [part for text in (*places, *SMALL, *more) for part in ("--set", text)]
+
+
+@pytest.fixture(scope="module")
+def run(inputs: Path) -> Path:
+    """A run made by the command line."""
+    assert main(["train", "--to", str(inputs / "run"), *settings(inputs)]) == 0
+    return inputs / "run"
+
+
+def command(*arguments: str, **options: object) -> subprocess.Popen:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "loramux.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from loramux.cli.main import build_parser; build_parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "export", "methods", "tasks", "base"])
+def test_every_command_explains_itself_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    assert f"examples:\n  loramux {name}" in capsys.readouterr().out
+
+
+def test_train_leaves_a_folder_and_says_what_lies_where(run: Path) -> None:
+    left = {path.name for path in run.iterdir()}
+    assert {"results.md", "results.json", "scores.png", "losses.png", "routing.png", "predictions.jsonl"} <= left
+    assert {path.name for path in (run / "exports").iterdir() if path.is_dir()} == {"colour", "home", "sound"}
+    assert (run / "baseline" / "mixture").is_dir()
+
+
+def test_evaluate_and_its_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--limit", "2", "--split", "validation"]) == 0
+    assert json.loads((run / "results.json").read_text())["run"]["examples_per_task"]["home"] == 2
+    assert "validation split" in capsys.readouterr().out
+    (run / "results.md").unlink()
+    assert main(["evaluate", str(run), "--report-only"]) == 0
+    assert "matched LoRA" in (run / "results.md").read_text()
+    assert "matched LoRA" in capsys.readouterr().out
+
+
+def test_export_some_and_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--task", "home", "--to", str(tmp_path / "one")]) == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["home"]
+    assert main(["export", str(run), "--all", "--to", str(tmp_path / "all"), "--base-id", "other/name"]) == 0
+    config = json.loads((tmp_path / "all" / "sound" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "other/name"
+    assert "exact" in capsys.readouterr().out
+
+
+def test_resume_takes_the_runs_own_recipe_and_finishes_what_is_missing(
+    inputs: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "mixture" / "adapter_model.safetensors").read_bytes()
+    assert main(["train", "--resume", "--to", str(run)]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert (run / "mixture" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_compare(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = settings(inputs, "method.options={}", "export.enabled=false")
+    to = ["--to", str(tmp_path / "c")]
+    assert main(["compare", "--methods", "moa", "--method-option", "moa.rank=2", *to, *options]) == 0
+    assert "lora r6" in capsys.readouterr().out
+    assert main(["compare", "--report-only", *to]) == 0
+    assert "lora r6" in capsys.readouterr().out
+
+
+def test_methods_lists_sizes_on_a_model(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--model", str(inputs / "base"), "--tasks", "3", "--rank", "2"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[1]: line for line in out.splitlines() if line.startswith("│")}
+    assert "sequence" in rows["moa"]
+    assert "rank 6" in rows["moa"]  # three experts of rank 2
+    assert "top_k (=8) must be at most rank (=2)" in rows["smora"]
+    assert main(["methods", "smora"]) == 0
+    out = capsys.readouterr().out
+    assert "arXiv:2501.15103" in out
+    assert "top_k = 8" in out
+
+
+def test_tasks_shows_sizes_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks", "--examples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "one of 5" in out
+    assert out.count("\n    -> ") == 16
+
+
+def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["base", "--to", str(tmp_path / "tiny")]) == 0
+    assert (tmp_path / "tiny" / "model.safetensors").is_file()
+    assert main(["base", "--to", str(tmp_path / "tiny")]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--set", "train.stesp=3"], "train.stesp: unknown key; did you mean 'steps'?"),
+        (["train", "--set", "method.name=smroa", "--to", "{tmp}/x"], "unknown method 'smroa'; did you mean 'smora'?"),
+        (["train", "--set", "tasks=nowhere.yaml", "--to", "{tmp}/y"], "nowhere.yaml: no such"),
+        (["train", "no_such.yaml"], "no_such.yaml: no such file"),
+        (["train", "--resume"], "--resume: say which run with --to RUN"),
+        (["train", "--resume", "--to", "{tmp}/none"], "not a run folder"),
+        (["train", "--to", "{run}"], "holds a finished run; resume it"),
+        (["evaluate", "{tmp}/none"], "not a run folder"),
+        (["evaluate", "{tmp}/none", "--report-only"], "no results.json there"),
+        (["export", "{tmp}/none", "--all", "--to", "{tmp}/e"], "not a run folder"),
+        (["export", "{run}", "--task", "soud", "--to", "{tmp}/e"], "no task 'soud'; did you mean 'sound'?"),
+        (["compare", "--to", "{tmp}/c"], "--methods: name at least one"),
+        (["compare", "--to", "{tmp}/c", "--report-only"], "no comparison.json there"),
+        (
+            ["compare", "--to", "{tmp}/c", "--methods", "moa", "--method-option", "rank=2"],
+            "write it as METHOD.KEY=VALUE",
+        ),
+        (["methods", "moe"], "unknown method 'moe'; did you mean 'moa'?"),
+        (["methods", "--model", "{tmp}"], "has no config.json"),
+        (["tasks", "{tmp}/none.yaml"], "none.yaml: no such"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [text.replace("{tmp}", str(tmp_path)).replace("{run}", str(run)) for text in arguments]
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"loramux {arguments[0]}: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "x", "--limit", "0"], ["compare", "--to", "x", "--seeds", "a"], []])
+def test_arguments_that_cannot_be_read_are_refused_by_the_parser(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+
+
+def test_an_error_in_a_process_of_its_own_has_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
+    process = command("evaluate", str(tmp_path / "none"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith("loramux evaluate: ")
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(inputs: Path, tmp_path: Path) -> None:
+    to = tmp_path / "run"
+    process = command("train", "--to", str(to), *settings(inputs, "train.steps=100000", "train.save_every=5"))
+    deadline = time.monotonic() + 200
+    while not list(to.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"stopped; resume with: loramux train --resume --to {to}" in errors
+    assert "Traceback" not in errors
+    assert os.listdir(to / "checkpoints")

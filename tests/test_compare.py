@@ -1,0 +1,134 @@
+"""Several methods side by side: the plain LoRA of each one's size always among them, nothing run twice."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training_cases import make_recipe, write_base, write_tasks
+
+from loramux.adapters import matched_lora_rank
+from loramux.bases import load_base
+from loramux.support.errors import ConfigError, RunError
+from loramux.training.compare import compare_methods, make_plan
+from loramux.training.comparison import Comparison, draw_comparison, spread, summary_table, task_table
+from loramux.training.recipe import Recipe
+from loramux.training.run import build_model
+
+OPTIONS = {"moa": {"rank": 2}, "smora": {"rank": 8, "top_k": 2}}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("inputs")
+    base, tasks = write_base(folder / "base"), write_tasks(folder / "tasks")
+    return make_recipe(base, tasks, "train.steps=4", "evaluate.limit=4", "export.enabled=false", "method.options={}")
+
+
+@pytest.fixture(scope="module")
+def compared(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two routed methods over two seeds and two learning rates."""
+    folder = tmp_path_factory.mktemp("comparison")
+    compare_methods(
+        recipe, folder, methods=["smora", "moa"], seeds=[0, 1], learning_rates=[1e-5, 2e-2], options=OPTIONS
+    )
+    return folder
+
+
+def test_every_method_meets_the_plain_lora_of_its_own_size(recipe: Recipe) -> None:
+    made = make_plan(recipe, methods=["smora", "moa"], seeds=[0], learning_rates=[], options=OPTIONS)
+    by_label = {contender.label: contender for contender in made.contenders}
+    assert by_label["moa"].matched == "lora r6"
+    assert set(by_label) == {"moa", "smora", by_label["moa"].matched, by_label["smora"].matched}
+    for contender in made.contenders:
+        if contender.matched is not None:
+            lora = by_label[contender.matched].parameters
+            per_rank = lora // contender.matched_rank
+            assert abs(lora - contender.parameters) <= per_rank / 2
+    assert made.learning_rates == (recipe.train.learning_rate,)
+
+
+def test_sizes_are_those_of_the_built_model(recipe: Recipe) -> None:
+    made = make_plan(recipe, methods=["lora"], seeds=[0], learning_rates=[], options={"lora": {"rank": 3}})
+    (contender,) = made.contenders
+    base, _ = load_base(recipe.base.model)
+    plain = replace(recipe, method=replace(recipe.method, name="lora", options={"rank": 3}))
+    model = build_model(base, plain, ["colour", "home", "sound"])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert contender.parameters == trained
+    assert matched_lora_rank(model.base_model) == contender.matched_rank == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["moa", "moa"]}, "methods: moa, moa names one twice"),
+        ({"seeds": [1, 1]}, "seeds: 1, 1 names one twice"),
+        ({"methods": []}, "methods: name at least one"),
+        ({"methods": ["smroa"]}, "unknown method 'smroa'; did you mean 'smora'?"),
+        ({"options": {"smora": {}}}, "options for 'smora', which is not among the methods: moa"),
+        ({"options": {"moa": {"rnak": 2}}}, "unknown option 'rnak'; did you mean 'rank'?"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused_before_anything_runs(
+    recipe: Recipe, changes: dict, message: str
+) -> None:
+    settings = {"methods": ["moa"], "seeds": [0], "learning_rates": [], "options": {}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        make_plan(recipe, **settings)
+
+
+def test_every_contender_gets_its_own_learning_rate_by_validation(compared: Path) -> None:
+    data = json.loads((compared / "comparison.json").read_text())
+    for entry in data["chosen"]:
+        tried = {float(rate): score for rate, score in entry["tried"].items()}
+        assert tried.keys() == {1e-5, 2e-2}
+        assert tried[entry["learning_rate"]] == max(tried.values())
+        assert list(entry["runs"]) == ["0", "1"]
+
+
+def test_the_tables_are_made_of_the_runs_own_results(compared: Path) -> None:
+    comparison = Comparison.load(compared)
+    head, lines = summary_table(comparison)
+    assert [line[0] for line in lines] == ["base", *(entry.label for entry in comparison.chosen)]
+    assert head[:6] == ["method", "parameters", "rate", "mean", "worst task", "vs matched LoRA"]
+    smora = next(entry for entry in comparison.chosen if entry.label == "smora")
+    files = [json.loads((compared / run / "results.json").read_text()) for run in smora.runs.values()]
+    means = [file["summary"]["auto"]["mean"] for file in files]
+    assert comparison.means("smora") == pytest.approx(means)
+    assert lines[[line[0] for line in lines].index("smora")][3] == spread(means)
+    assert [line[0] for line in task_table(comparison)[1]] == ["colour", "home", "sound"]
+
+
+def test_scores_over_seeds_come_with_their_spread() -> None:
+    assert spread([0.5]) == "50.0"
+    assert spread([0.4, 0.6]) == "50.0 +- 14.1"
+    assert spread([]) == "-"
+
+
+def test_a_second_call_runs_nothing_again(recipe: Recipe, compared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = (compared / "comparison.md").read_text()
+    compare_methods(
+        recipe, compared, methods=["smora", "moa"], seeds=[0, 1], learning_rates=[1e-5, 2e-2], options=OPTIONS
+    )
+    assert "run 1 of" not in capsys.readouterr().out
+    assert (compared / "comparison.md").read_text() == table
+
+
+def test_the_report_is_made_anew_from_the_run_folders(compared: Path, tmp_path: Path) -> None:
+    table = (compared / "comparison.md").read_text()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(compared, moved, ignore=shutil.ignore_patterns("*.png", "*.md", "checkpoints"))
+    assert [path.name for path in draw_comparison(moved)] == ["scores.png", "losses.png"]
+    assert (moved / "comparison.md").read_text() == table
+    assert (moved / "routing" / "moa" / "routing.png").is_file()
+    assert (moved / "routing" / "smora" / "routing" / "layer-0.png").is_file()
+
+
+def test_a_folder_that_holds_no_comparison_is_named(compared: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no comparison.json there; run `loramux compare"):
+        Comparison.load(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"chosen": [{"contender": {}}]}')
+    with pytest.raises(RunError, match=r"comparison.json: not a comparison"):
+        Comparison.load(tmp_path)
