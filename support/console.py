@@ -82,7 +82,7 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     """Print a table; the first column is left, the others right aligned."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     Console(file=sys.stdout, width=None if console.is_terminal else 160).print(table)

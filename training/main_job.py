@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ..adapters import matched_lora_rank
 from ..support.console import say
 from ..support.errors import ConfigError
@@ -52,7 +54,8 @@ def train_matched_lora(trained: TrainedRun) -> None:
     """
     recipe = matched_lora_recipe(trained.recipe, rank_of_matched_lora(trained))
     if recipe.method.name != trained.recipe.method.name:
-        say(f"the plain LoRA of equal size: rank {recipe.method.options['rank']}")
+        if PartialState().is_main_process:
+            say(f"the plain LoRA of equal size: rank {recipe.method.options['rank']}")
         train_run(recipe, trained.folder.path / BASELINE, resume=True)
 
 
@@ -144,7 +147,7 @@ def _closing(results: Results, folder: Path, pictures: list[Path]) -> str:
         MARKDOWN: f"the table, the exports, the settings ({RESULTS}: the same as data)",
         overview: "the pictures" + (", more in routing/" if (folder / "routing").is_dir() else ""),
         PREDICTIONS: "every answer, to read",
-        "mixture/": "all experts and their router, one PEFT adapter (import loramux, then PeftModel.from_pretrained)",
+        "mixture/": "all experts and their router as one PEFT adapter (import loramux before loading it)",
     }
     if written:
         lines[f"{EXPORTS}/<task>/"] = f"{written} of {len(results.tasks)} tasks, as LoRAs for PEFT, vLLM, ..."
