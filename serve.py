@@ -11,6 +11,7 @@ import argparse
 import json
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from typing import Any
 
 import pydantic
 import torch
+from transformers import StoppingCriteriaList
 
 from loramux.adapters import LoramuxModel
 from loramux.routing import Granularity
@@ -84,7 +86,8 @@ class Engine:
         with self._lock, torch.inference_mode(), self._routed(request.model):
             if request.seed is not None:
                 torch.manual_seed(request.seed)
-            output = self.model.generate(**inputs, **self._generation(request))
+            stopping = self._stopping(inputs["input_ids"].shape[1], request.stops)
+            output = self.model.generate(**inputs, **self._generation(request), stopping_criteria=stopping)
             adapters = self._adapters(request.model, len(prompts))
         answers = output[:, inputs["input_ids"].shape[1] :]
         choices = [self._choice(i, ids, request, adapters[i]) for i, ids in enumerate(answers)]
@@ -122,9 +125,17 @@ class Engine:
 
     def _generation(self, request: CompletionRequest) -> dict[str, Any]:
         sampled = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
-        stopping = {"stop_strings": request.stops, "tokenizer": self.tokenizer} if request.stops else {}
         common = {"max_new_tokens": request.max_tokens, "pad_token_id": self.tokenizer.pad_token_id}
-        return {**common, **stopping, **sampled, "do_sample": bool(sampled)}
+        return {**common, **sampled, "do_sample": bool(sampled)}
+
+    def _stopping(self, prompt_length: int, stops: list[str]) -> StoppingCriteriaList:
+        """Ends a row once its text holds a stop string."""
+
+        def ended(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            texts = self.tokenizer.batch_decode(ids[:, prompt_length:])
+            return torch.tensor([any(stop in text for stop in stops) for text in texts], device=ids.device)
+
+        return StoppingCriteriaList([ended] if stops else [])
 
     def _adapters(self, name: str, rows: int) -> list[str]:
         if name != "auto":
@@ -178,6 +189,9 @@ def make_server(engine: Engine, host: str, port: int) -> ThreadingHTTPServer:
                 status, body = error.status, {"error": {"message": str(error), "type": "invalid_request_error"}}
             except LoramuxError as error:
                 status, body = 400, {"error": {"message": str(error), "type": "invalid_request_error"}}
+            except Exception:
+                self.log_error("%s", traceback.format_exc())
+                status, body = 500, {"error": {"message": "internal error, see the log", "type": "server_error"}}
             encoded = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
