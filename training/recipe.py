@@ -111,6 +111,8 @@ class EvaluateConfig:
     during_limit: int | None = 64
     """Validation examples per task while training."""
     batch_size: int = 64
+    length_normalised: bool = False
+    """Compare closed choices by log-likelihood per token instead of their sum."""
 
 
 @config
