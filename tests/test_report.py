@@ -1,13 +1,16 @@
 """What a run leaves to be read: one table, its data, its pictures, and exports that do what the table says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from training_cases import make_recipe, write_base, write_tasks
 
-from loramux.support.errors import RunError
-from loramux.training.assess import MARKDOWN, draw_report, read_results
+from loramux.adapters import ExportConfig
+from loramux.support.errors import ConfigError, RunError
+from loramux.training.assess import MARKDOWN, draw_report, encode_tasks, read_results
+from loramux.training.exports import export_run, identity_of
 from loramux.training.main_job import evaluate_job, matched_lora_recipe, new_run_folder, train_job
 from loramux.training.report import Results, TaskInfo, gain, header, markdown_table, percent, rows, to_markdown
 from loramux.training.run import load_run
@@ -182,3 +185,36 @@ def test_a_job_without_a_public_base_trains_and_says_why_it_exports_nothing(
     assert results.columns == ["base", "adapted"]
     assert "no exports: base" in capsys.readouterr().out
     assert not (tmp_path / "run" / "exports").exists()
+
+
+def test_exports_that_would_lose_too_much_are_told_and_can_be_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No static LoRA of rank 1 does what a router of sixteen ranks does."""
+    base, tasks = write_base(tmp_path / "base"), write_tasks(tmp_path / "tasks")
+    changes = ["method.name=smora", "method.options={rank: 16, top_k: 2}", "baseline.enabled=false", "train.steps=30"]
+    recipe = make_recipe(base, tasks, "base.known_as=someone/tiny", "train.learning_rate=0.1", *changes)
+    train_job(recipe, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    settings = ExportConfig(max_kl=1e-9, rank=1, distil_steps=0)
+    options = {"base": identity_of(run), "settings": settings, "only": ["home"]}
+    written, refused = export_run(run, encode_tasks(run), tmp_path / "out", **options)
+    assert (written, list(refused)) == ({}, ["home"])
+    assert "over the bound" in refused["home"]
+    assert not (tmp_path / "out" / "home").exists()
+    written, refused = export_run(run, encode_tasks(run), tmp_path / "out", allow_lossy=True, **options)
+    assert (list(written), refused) == (["home"], {})
+    assert "Lossy export" in (tmp_path / "out" / "home" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="this run has no task 'hoem'; did you mean 'home'"):
+        export_run(run, encode_tasks(run), tmp_path / "out", base=identity_of(run), only=["hoem"])
+
+
+def test_the_report_names_what_was_not_exported_and_why() -> None:
+    results = some_results(named={"who": 0.9, "where": 0.5})
+    exports = {
+        "who": {"how": "exact", "rank": 8, "token_kl": 0.0},
+        "where": {"refused": "task 'where': lost too much."},
+    }
+    text = to_markdown(replace(results, exports=exports))
+    assert "Not exported: task 'where': lost too much." in text
+    assert "| who   | exact |    8 |" in text

@@ -55,6 +55,7 @@ def measure_columns(
             routing=routing,
             limit=config.limit,
             batch_size=config.batch_size,
+            length_normalised=config.length_normalised,
             predictions=answers[column],
             title=title,
         )

@@ -144,6 +144,7 @@ class _Comparing:
         path = self._train(contender, rate, seed)
         if not (path / RESULTS).is_file():
             run = load_run(path)
+            run = replace(run, recipe=self._recipe(contender, rate, seed))
             evaluate_job(
                 run, self.recipe.evaluate, export=self.recipe.export.enabled, base_scores=self.base_scores, quiet=True
             )
@@ -177,6 +178,8 @@ class _Comparing:
             ),
             train=replace(self.recipe.train, learning_rate=rate, seed=seed),
             baseline=BaselineConfig(enabled=False),
+            # A comparison measures what exports lose; nothing is shipped from here.
+            export=replace(self.recipe.export, allow_lossy=True),
         )
 
     def _time_left(self) -> str:

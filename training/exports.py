@@ -110,6 +110,7 @@ def evaluate_exports(
                 split=config.split,
                 limit=config.limit,
                 batch_size=config.batch_size,
+                length_normalised=config.length_normalised,
                 predictions=predictions,
                 title=f"exported {task.name}",
             )
@@ -141,10 +142,18 @@ def _scorer(run: TrainedRun, task: EncodedTask) -> Callable[[], float] | None:
     if hub.method().exports_exactly:
         return None
     config = run.recipe.evaluate
-    options: dict[str, Any] = {"split": config.split, "limit": config.limit, "batch_size": config.batch_size}
 
     def score() -> float:
-        found = evaluate_tasks(run.model, run.tokenizer, [task], title=None, **options)
+        found = evaluate_tasks(
+            run.model,
+            run.tokenizer,
+            [task],
+            split=config.split,
+            limit=config.limit,
+            batch_size=config.batch_size,
+            length_normalised=config.length_normalised,
+            title=None,
+        )
         return found[task.name][task.task.metrics[0]]
 
     return score

@@ -28,8 +28,10 @@ from .distributed import make_accelerator
 from .evaluate import Scores, hub_of
 from .exports import EXPORTS, REFUSED, export_run, identity_of
 from .recipe import BaselineConfig, EvaluateConfig, MethodChoice, Recipe
-from .report import COLUMNS, Results, show
+from .report import COLUMNS, Results, refusals, show
 from .run import TrainedRun, on_main, train_run
+
+_HINT = " Use --allow-lossy to export it all the same"
 
 
 def train_job(recipe: Recipe, folder: Path, *, resume: bool = False, base_scores: Scores | None = None) -> Results:
@@ -130,7 +132,7 @@ def _export(trained: TrainedRun, tasks: list[EncodedTask], scores: Mapping[str, 
         allow_lossy=trained.recipe.export.allow_lossy,
         scores={task.name: _card_scores(task, scores) for task in tasks},
     )
-    write_json(folder / REFUSED, refused)
+    write_json(folder / REFUSED, {task: reason.removesuffix(_HINT) for task, reason in refused.items()})
 
 
 def _card_scores(task: EncodedTask, scores: Mapping[str, Scores]) -> dict[str, float]:
@@ -140,7 +142,7 @@ def _card_scores(task: EncodedTask, scores: Mapping[str, Scores]) -> dict[str, f
 
 def _closing(results: Results, folder: Path, pictures: list[Path]) -> str:
     """What lies where, and what to do with it."""
-    refused = [name for name, facts in results.exports.items() if "refused" in facts]
+    refused = refusals(results)
     written = len(results.exports) - len(refused)
     overview = ", ".join(picture.name for picture in pictures if picture.parent == folder)
     lines = {
@@ -155,5 +157,7 @@ def _closing(results: Results, folder: Path, pictures: list[Path]) -> str:
         lines[f"{BASELINE}/"] = "the matched LoRA, a run folder too"
     width = max(map(len, lines))
     parts = [f"Everything is in {folder}:", *(f"  {name.ljust(width)}  {what}" for name, what in lines.items())]
-    parts += [f"Not exported: {results.exports[name]['refused']}" for name in refused]
+    parts += [f"Not exported: {reason}" for reason in refused]
+    if refused:
+        parts.append(f"To export them nevertheless: loramux export {folder} --all --to DIR --allow-lossy")
     return "\n".join(parts)

@@ -131,6 +131,7 @@ def to_markdown(results: Results) -> str:
     parts = [f"# {results.title}", _caption(results) + ".", markdown_table(header(results), rows(results))]
     if results.exports:
         parts += ["## Exports", _EXPORT_NOTE, markdown_table(*_export_table(results))]
+        parts += [f"Not exported: {reason}" for reason in refusals(results)]
     described = [f"- `{task.name}`: {task.description}" for task in results.tasks if task.description]
     if described:
         parts += ["## Tasks", "\n".join(described)]
@@ -161,6 +162,11 @@ def gain(value: float | None, other: float | None) -> str:
         return MISSING
     text = f"{100 * (value - other):+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def refusals(results: Results) -> list[str]:
+    """Why tasks were not exported, one reason per task."""
+    return [str(facts["refused"]) for facts in results.exports.values() if "refused" in facts]
 
 
 _EXPORT_NOTE = (
@@ -206,11 +212,9 @@ def _export_table(results: Results) -> tuple[list[str], list[list[str]]]:
         "base_kl": "base KL",
         "top1_agreement": "same top token",
         "max_logit_difference": "max logit difference",
-        "refused": "",
     }
-    shown = [key for key in columns if any(key in facts for facts in results.exports.values())]
-    lines = [[name, *(_plain(facts.get(key, "")) for key in shown)] for name, facts in results.exports.items()]
-    return ["task", *(columns[key] for key in shown)], lines
+    lines = [[name, *(_plain(facts.get(key, MISSING)) for key in columns)] for name, facts in results.exports.items()]
+    return ["task", *columns.values()], lines
 
 
 def _plain(value: Any) -> str:

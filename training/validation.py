@@ -29,6 +29,7 @@ def validation(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[EncodedTask],
             routing="auto" if routed else "named",
             limit=config.during_limit,
             batch_size=config.batch_size,
+            length_normalised=config.length_normalised,
             title=f"validate at step {step}",
         )
         values = {f"metric/{task.name}": scores[task.name][task.task.metrics[0]] for task in tasks}
