@@ -16,7 +16,7 @@ stories, facts about words, and exercises with their question written out. It is
 adapts when no other is named: small enough for a laptop's CPU, and good enough at a few things for adapters to have
 something to select.
 
-It knows about 500 words, and nothing of the world outside them. Its longest input is {length} tokens.
+It knows about 400 words, and nothing of the world outside them. Its longest input is {length} tokens.
 
 ```
 >>> from loramux.bases import load_base

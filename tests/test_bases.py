@@ -56,7 +56,7 @@ def test_words_of_the_tasks_are_nearly_all_one_token(base: tuple[Any, Any]) -> N
     assert all(base[1].decode(base[1](text)["input_ids"], skip_special_tokens=True) == text for text in texts)
 
 
-@pytest.mark.parametrize(("task", "share"), [("who", 0.95), ("sort", 0.9), ("plural", 0.9), ("opposite", 0.9)])
+@pytest.mark.parametrize(("task", "share"), [("who", 0.95), ("sort", 0.9), ("plural", 0.75), ("opposite", 0.9)])
 def test_base_has_the_skill_when_the_question_is_asked(base: tuple[Any, Any], task: str, share: float) -> None:
     assert asked_accuracy(*base, task) >= share
 
