@@ -1,5 +1,6 @@
 """The hub: PEFT's tuner for every loramux method. It holds the routing context and the shared routers."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -60,7 +61,16 @@ class LoramuxModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._check_name(adapter_name)
-        self._methods[adapter_name] = self.peft_config[adapter_name].build()
+        config = self.peft_config[adapter_name]
+        self._methods[adapter_name] = config.build()
+        if config.task_type is None and self._methods[adapter_name].granularity in (
+            Granularity.TASK,
+            Granularity.SEQUENCE,
+        ):
+            raise AdapterError(
+                f"method {config.method!r} needs a task_type (such as CAUSAL_LM): without one PEFT calls the model "
+                "past its router"
+            )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._add_shared_routers(adapter_name)
 
@@ -425,10 +435,13 @@ class LoramuxModel(BaseTuner):
             mask = prompt_mask(attention, _prompt_labels(self.model, inputs, kwargs))
         encoder = _encoder(self.model)
         key = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
+        call = {key: inputs, "attention_mask": attention}
+        if "position_ids" in inspect.signature(encoder.forward).parameters:
+            call["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
         was_training = encoder.training
         try:
             with self.bypassed():
-                hidden = encoder.eval()(**{key: inputs, "attention_mask": attention})[0]
+                hidden = encoder.eval()(**call)[0]
         finally:
             encoder.train(was_training)
         return mean_pool(hidden, mask.bool())

@@ -265,10 +265,21 @@ def test_wrong_tasks_are_refused_before_the_model_runs(tasks, message):
 
 
 def test_calling_past_the_hub_says_what_to_do():
-    model = trained("moa")
     with pytest.raises(AdapterError, match="call the PEFT model"):
         logits(adapted("moa").base_model.model)
-    assert logits(model) is not None
+    with pytest.raises(AdapterError, match="method 'moa' needs a task_type"):
+        adapted("moa", task_type=None)
+
+
+def test_padding_on_the_left_does_not_change_what_an_absolute_position_model_shows_the_router():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
+    config = LoramuxConfig(method="moa", tasks=TASKS, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    hub = get_peft_model(base, config).base_model
+    ids = a_batch(rows=1)["input_ids"]
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
+    pooled = [hub._pool_prompt(x, {"attention_mask": (x != 0).long()}, None) for x in (ids, padded)]
+    torch.testing.assert_close(*pooled)
 
 
 def test_reentrant_checkpointing_would_lose_the_auxiliary_loss_and_is_refused():
