@@ -86,6 +86,6 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(root: Path, kind: str) -> 
     shutil.copytree(source, run)
     shutil.rmtree(run / "mixture")
     shutil.rmtree(run / "checkpoints" / "step-00000008")
-    recipe = make_recipe(root / "base", root / "tasks", *MOA, f"train.distributed={kind}")
+    recipe = make_recipe(root / "base", root / "tasks" / "tasks.yaml", *MOA, f"train.distributed={kind}")
     train_run(recipe, run, resume=True)
     assert_close(weights_of(source), weights_of(run))

@@ -110,7 +110,7 @@ def test_a_lost_loss_stops_the_run_and_names_step_tasks_and_examples(places, tmp
         return {}
 
     recipe = make_recipe(*places, "method.name=moa", "train.save_every=3")
-    message = r"loss is not finite at step 5 \(task 'home'; training examples home\[\d+\].*last good .*step-00000003\."
+    message = r"loss is not finite at step 5 \(task 'sound'; training examples sound\[\d+\].*last good .*step-00000003\."
     with pytest.raises(TrainingDiverged, match=message):
         run_of(recipe, tmp_path / "run", evaluate=poison)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -136,7 +136,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(places, tmp_path: Path) -> 
         parameter.register_hook(lambda gradient: gradient * float("inf"))
         return {}
 
-    message = r"the gradient is not finite at step 5 \(task 'colour', 'home', 'sound'"
+    message = r"the gradient is not finite at step 5 \(task 'colour', 'sound', 'home'"
     with pytest.raises(TrainingDiverged, match=message):
         run_of(make_recipe(*places, "method.name=lora"), tmp_path / "run", evaluate=hook)
 
@@ -156,7 +156,7 @@ def test_one_task_can_be_trained_again_without_touching_the_others(places, tmp_p
 
 def test_a_task_can_be_added_later(places, tmp_path: Path) -> None:
     def recipe(*names: str, **train) -> Recipe:
-        rows = [f"{{name: {name}, source: {{path: '{places[1] / name}'}}}}" for name in names]
+        rows = [f"{{name: {name}, source: {{path: '{places[1].parent / name}'}}}}" for name in names]
         return make_recipe(*places, f"tasks=[{', '.join(rows)}]", *(f"train.{k}={v}" for k, v in train.items()))
 
     run_of(recipe("sound", "colour"), tmp_path / "two")
@@ -198,17 +198,34 @@ def test_what_cannot_be_trained_is_refused(places, tmp_path: Path, setting: str,
         run_of(make_recipe(*places, setting), tmp_path / "run")
 
 
-def test_bf16_and_gradient_checkpointing_train(places, tmp_path: Path) -> None:
-    plain = run_of(make_recipe(*places), tmp_path / "plain")
-    run_of(make_recipe(*places, "train.gradient_checkpointing=true"), tmp_path / "checkpointed")
-    assert_same(weights_of(tmp_path / "plain"), weights_of(tmp_path / "checkpointed"), atol=1e-6)
-    run_of(make_recipe(*places, "train.precision=bf16"), tmp_path / "bf16")
-    rough = weights_of(tmp_path / "bf16")
-    assert all(t.dtype == torch.float32 for t in rough.values())
-    losses = [metrics(tmp_path / name)[-1]["train/loss"] for name in ("plain", "bf16")]
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    assert plain.model.training is False
+def test_a_launcher_that_shards_by_itself_is_refused(places, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"told to shard \(ACCELERATE_USE_FSDP\); .*say train.distributed: fsdp"):
+        run_of(make_recipe(*places), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_weights(places, tmp_path: Path) -> None:
+    for name in ("false", "true"):
+        settings = ["method.name=lora", "train.steps=3", f"train.compile={name}"]
+        run_of(make_recipe(*places, *settings), tmp_path / name)
+    assert_same(weights_of(tmp_path / "false"), weights_of(tmp_path / "true"), atol=1e-4)
+
+
+def test_gradient_checkpointing_trains_the_same_weights(places, tmp_path: Path) -> None:
+    for name in ("false", "true"):
+        run_of(make_recipe(*places, f"train.gradient_checkpointing={name}"), tmp_path / name)
+    assert_same(weights_of(tmp_path / "false"), weights_of(tmp_path / "true"), atol=1e-6)
+
+
+def test_bf16_computes_roughly_and_keeps_adapters_in_float32(places, tmp_path: Path) -> None:
+    for name in ("fp32", "bf16"):
+        settings = ["method.name=lora", "train.steps=3", "train.batch_size=3", f"train.precision={name}"]
+        run_of(make_recipe(*places, *settings), tmp_path / name)
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "bf16").values()} == {torch.float32}
+    exact, rough = (metrics(tmp_path / name)[-1]["train/loss"] for name in ("fp32", "bf16"))
+    assert exact != rough
+    assert exact == pytest.approx(rough, rel=0.05)
 
 
 def test_tensorboard_gets_the_losses_of_every_task(places, tmp_path: Path) -> None:

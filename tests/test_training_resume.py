@@ -35,7 +35,7 @@ def work(root: Path, method: str, name: str) -> None:
     """A run that saves after every step and measures now and then, in a process of its own."""
     torch.set_num_threads(1)
     settings = ["train.steps=16", "train.save_every=1", "train.log_every=3", "train.eval_every=5"]
-    recipe = make_recipe(root / "base", root / "tasks", *METHODS[method], *settings)
+    recipe = make_recipe(root / "base", root / "tasks" / "tasks.yaml", *METHODS[method], *settings)
     train_run(recipe, root / name, resume=True)
 
 
@@ -71,8 +71,11 @@ def writing(folder: Path, step: int) -> Iterator[bool]:
         yield any((folder / "checkpoints").glob(f".step-{step:08d}.*.partial/optimizer.safetensors"))
 
 
-def after(seconds: float) -> Iterator[bool]:
-    end = time.monotonic() + seconds
+def reaching(folder: Path, step: int, delay: float) -> Iterator[bool]:
+    """True some seconds after the checkpoint of a step is there."""
+    while not (folder / "checkpoints" / f"step-{step:08d}").exists():
+        yield False
+    end = time.monotonic() + delay
     while True:
         yield time.monotonic() > end
 
@@ -99,14 +102,13 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_end(root: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_killed_at_random_moments_resumes_to_the_same_end(root: Path, method: str) -> None:
-    started = time.monotonic()
     calm = finish(root, method, f"{method}-calm")
-    duration = time.monotonic() - started
     draw = random.Random(method)
     kills = 0
     for trial in range(6):
         name = f"{method}-{trial}"
-        for _ in range(5):
-            kills += kill_when(start(root, method, name), after(draw.uniform(0.05, 1.0) * duration))
+        for step in sorted(draw.sample(range(1, 16), 4)):
+            moment = reaching(root / name, step, draw.uniform(0, 0.2))
+            kills += kill_when(start(root, method, name), moment)
         assert_same_run(calm, finish(root, method, name))
-    assert kills >= 12
+    assert kills >= 16

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loramux.training.recipe import Recipe, load_recipe
 
+torch.set_num_threads(1)  # models this small only wait for a second thread, and the child processes use one too
+
 NOUNS = ["cat", "dog", "bird", "fish", "horse", "mouse", "snake", "sheep"]
 WORDS = ["colour", "sound", "home", "of", "the", "is", "red", "blue", "loud", "soft", "land", "sea"]
 ANSWERS = {"colour": ["red", "blue"], "sound": ["loud", "soft"], "home": ["land", "sea"]}
@@ -37,7 +39,9 @@ def write_tasks(folder: Path, count: int = 24) -> Path:
             rows = [_row(name, answers, number, i) for i in range(size)]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / name / f"{split}.jsonl").write_text(text)
-    return folder
+    listed = "".join(f"  - {{name: {name}, source: {{path: {name}}}}}\n" for name in ANSWERS)
+    (folder / "tasks.yaml").write_text(f"defaults: {{max_new_tokens: 2}}\ntasks:\n{listed}")
+    return folder / "tasks.yaml"
 
 
 def make_recipe(base: Path, tasks: Path, *overrides: str) -> Recipe:

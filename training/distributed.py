@@ -1,5 +1,6 @@
 """One or many processes: the accelerator, DDP and FSDP wrapping, and tensors that may be sharded."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,13 +11,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from ..support.console import console
 from ..support.errors import ConfigError, did_you_mean
 from .answer_logits import base_of
 from .recipe import TrainConfig
+
+_SHARDING_LAUNCHERS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Accelerator:
@@ -27,22 +31,24 @@ def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Acceler
     """
     has_device = torch.accelerator.is_available()
     if config.precision == "fp16" and not has_device:
-        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU")
+        raise ConfigError("train.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    for variable in _SHARDING_LAUNCHERS:
+        if os.environ.get(variable, "").lower() == "true":
+            raise ConfigError(
+                f"the launcher was told to shard ({variable}); launch plain processes and say train.distributed: fsdp "
+                "in the recipe, which shards the same way on CPUs and GPUs"
+            )
     _check_trackers(config.trackers)
     AcceleratorState._reset_state()  # a later run in the same process may use another precision
     accelerator = Accelerator(
         cpu=not has_device,
-        mixed_precision=config.precision,
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=list(config.trackers) or None,
         project_dir=folder / "trackers" if folder else None,
         # A model may hold linears that text never reaches.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ConfigError(
-            f"the launcher is set to {accelerator.distributed_type.value}; launch plain processes and say "
-            "train.distributed: fsdp in the recipe, which shards the same way on CPUs and GPUs"
-        )
+    console.quiet = not accelerator.is_main_process
     return accelerator
 
 

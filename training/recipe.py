@@ -14,7 +14,7 @@ from ..support.errors import ConfigError
 from ..tasks import MixtureConfig
 
 BUNDLED_TASKS = "default"
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @config
@@ -53,7 +53,8 @@ class TrainConfig:
     warmup_ratio: float = 0.06
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip: float | None = 1.0
-    precision: Precision = "no"
+    precision: Precision = "fp32"
+    """What the forward pass computes in; adapters, routers and losses stay in fp32."""
     gradient_checkpointing: bool = False
     compile: bool = False
     max_length: int | None = None

@@ -137,7 +137,7 @@ def build_batches(
     """Encode the tasks and order them; what is too long for the model is counted and told."""
     max_length = recipe.train.max_length or getattr(base.config, "max_position_embeddings", None) or 1024
     encoded = [encode_task(task, tokenizer, max_length=max_length) for task in tasks]
-    for task in encoded if accelerator.is_main_process else ():
+    for task in encoded:
         for note in task.notes:
             say(f"{task.name}: {note}")
     return MixtureBatches(

@@ -28,7 +28,10 @@ from .recipe import Recipe, dump_recipe, resolve_paths
 from .state import peft_names
 
 _PACKAGES = ("loramux", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
-_FREE_KEYS = ("train.log_every", "train.trackers", "train.keep_checkpoints", "baseline", "evaluate", "export")
+_FREE_KEYS = (
+    *("base.known_as", "train.distributed", "train.log_every", "train.save_every", "train.keep_checkpoints"),
+    *("train.trackers", "baseline", "evaluate", "export"),
+)
 """Keys that may differ on resume: they do not change what is learnt."""
 
 
