@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        with pytest.raises(RunError, match=r"could not write .*step-00000002: .*; earlier checkpoints are untouched"):
+        with pytest.raises(RunError, match=r"could not write .*step-00000002: .*; what was there before is untouched"):
             folder.write(large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,7 +1,9 @@
 """Run folders: which run they hold, what they tell about it, and what happens to them when work is interrupted."""
 
 import json
+import resource
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,18 @@ def copy(finished: Path) -> Path:
     folder = finished.parent / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     return shutil.copytree(finished, folder)
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int | None], None]]:
+    """A limit of the operating system on the size of files, which stands for a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+
+    yield limit
+    limit(None)
 
 
 def test_a_finished_run_is_recognised_and_just_opened(places, finished: Path, capsys) -> None:
@@ -82,6 +96,38 @@ def test_a_lost_end_of_training_is_done_again_with_the_same_result(places, finis
     assert (copy / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
     for name, tensor in load_file(finished / "mixture" / "adapter_model.safetensors").items():
         assert torch.equal(load_file(copy / "mixture" / "adapter_model.safetensors")[name], tensor)
+
+
+@pytest.mark.parametrize(("limit", "file"), [(12_000, "step-00000004"), (100, "metrics.jsonl")])
+def test_a_disk_that_fills_up_costs_no_finished_work(
+    places, finished: Path, tmp_path: Path, file_size_limit, limit: int, file: str
+) -> None:
+    def fill_up(_model: torch.nn.Module, step: int) -> dict[str, float]:
+        file_size_limit(limit)
+        return {"loss": 1.0}
+
+    recipe = make_recipe(*places, "train.save_every=2")
+    with pytest.raises(RunError, match=rf"could not write .*{file}: .*; what was there before is untouched"):
+        train_run(recipe, tmp_path / "run", evaluate=fill_up)
+    file_size_limit(None)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
+    for name, tensor in load_file(finished / "mixture" / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "run" / "mixture" / "adapter_model.safetensors")[name], tensor)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_and_no_traceback(places, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"could not write .*file/run: Not a directory"):
+        train_run(make_recipe(*places), tmp_path / "file" / "run", evaluate=None)
+
+
+def test_a_mixture_that_cannot_be_written_leaves_the_run_unfinished(places, copy: Path, file_size_limit) -> None:
+    shutil.rmtree(copy / "mixture")
+    file_size_limit(12_000)
+    with pytest.raises(RunError, match=r"could not write .*mixture: "):
+        train_run(make_recipe(*places), copy, resume=True, evaluate=None)
+    assert not RunFolder(copy).is_finished
 
 
 def test_a_truncated_mixture_is_named(copy: Path) -> None:

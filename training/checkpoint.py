@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         RunError: when it cannot be written (a full disk, say); an earlier folder of that name stays.
     """
+    with writing(folder), atomic_folder(folder) as staging:
+        save_tensors(staging / ADAPTER, checkpoint.adapter)
+        save_tensors(staging / OPTIMIZER, checkpoint.optimizer)
+        write_json(staging / STATE, {"format": FORMAT, **checkpoint.state})
+        write_manifest(staging)
+        check_tensors(staging / ADAPTER, checkpoint.adapter)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunError when the block cannot write, whichever library notices (a full disk, a missing permission)."""
     try:
-        with atomic_folder(folder) as staging:
-            save_tensors(staging / ADAPTER, checkpoint.adapter)
-            save_tensors(staging / OPTIMIZER, checkpoint.optimizer)
-            write_json(staging / STATE, {"format": FORMAT, **checkpoint.state})
-            write_manifest(staging)
-            check_tensors(staging / ADAPTER, checkpoint.adapter)
-    except OSError as error:
-        raise RunError(
-            f"could not write {folder}: {error.strerror or error}; earlier checkpoints are untouched"
-        ) from None
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"could not write {path}: {reason}; what was there before is untouched") from None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -124,8 +130,8 @@ class CheckpointFolder:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors; a failing disk raises OSError, whatever library noticed it."""
-    path.write_bytes(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    """Write tensors as safetensors."""
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..support.config import load_yaml, parse, to_data
 from ..support.errors import RunError
 from ..support.files import atomic_folder, remove_partials, write_json, write_text
-from .checkpoint import check_tensors, verify_manifest, write_manifest
+from .checkpoint import check_tensors, verify_manifest, write_manifest, writing
 from .recipe import Recipe, dump_recipe, resolve_paths
 from .state import peft_names
 
@@ -54,11 +54,12 @@ class RunFolder:
         Raises:
             RunError: it holds another run, or this one and `resume` was not asked for, or files of something else.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_partials(self.path)
-        if not any(self.path.iterdir()):
-            write_text(self.recipe_file, dump_recipe(recipe, self.path.absolute()))
-            return "new"
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_partials(self.path)
+            if not any(self.path.iterdir()):
+                write_text(self.recipe_file, dump_recipe(recipe, self.path.absolute()))
+                return "new"
         if not self.recipe_file.is_file():
             raise RunError(f"{self.path}: not empty and not a run folder (no recipe.yaml); name another folder")
         if not resume:
@@ -112,9 +113,9 @@ class RunFolder:
     # ------------------------------------------------------------------ metrics
 
     def log(self, step: int, values: Mapping[str, float], **labels: str) -> None:
-        """Append one line to the metrics."""
+        """Append one line to the metrics; RunError when that cannot be written."""
         line = json.dumps({"step": step, **labels, **values})
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -152,9 +153,10 @@ class RunFolder:
             weights: its adapter tensors by the model's own keys, whole and on the CPU.
 
         Raises:
-            RunError: what PEFT wrote is not, name for name and bit for bit, what the model holds.
+            RunError: it cannot be written, or what PEFT wrote is not, name for name and bit for bit, what the model
+                holds.
         """
-        with atomic_folder(self.mixture) as staging:
+        with writing(self.mixture), atomic_folder(self.mixture) as staging:
             model.save_pretrained(staging, state_dict=dict(weights), save_embedding_layers=False)
             check_tensors(staging / "adapter_model.safetensors", peft_names(model, weights))
             write_manifest(staging)
