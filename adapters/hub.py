@@ -1,6 +1,5 @@
 """The hub: PEFT's tuner for every loramux method. It holds the routing context and the shared routers."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,15 +17,16 @@ from ..routing import (
     RoutingContext,
     RoutingStatistics,
     label_loss,
-    prompt_mask,
     update_selection_biases,
 )
-from ..routing.context import Observer, mean_pool, task_ids
+from ..routing.context import Observer, task_ids
 from ..support.errors import AdapterError
 from .branch import BranchConfig
+from .held import HeldRows
 from .layer import LoramuxLinear, copy_leading_rows
 from .low_rank import LowRank
 from .peft_config import PREFIX, LoramuxConfig, register
+from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt
 from .registry import MethodConfig, StageConfig
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | str
@@ -56,7 +56,7 @@ class LoramuxModel(BaseTuner):
         self.stage: StageConfig | None = None
         self._methods: dict[str, MethodConfig] = {}
         self._blocked_tasks: Tasks | None = None
-        self._held_rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._held: HeldRows | None = None
         self.loramux_routers = nn.ModuleDict()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -276,9 +276,8 @@ class LoramuxModel(BaseTuner):
     def finish_step(self) -> None:
         """Call after every optimiser step: balances the load (over all processes) and restores rows held still."""
         update_selection_biases(self.routers())
-        with torch.no_grad():
-            for parameter, rows, values in self._held_rows:
-                parameter[rows] = values
+        if self._held is not None:
+            self._held.restore()
 
     def train_only(self, tasks: Sequence[str] | None) -> None:
         """Hold the experts of all other tasks still, bit for bit, from now on; None lets all train again.
@@ -286,17 +285,8 @@ class LoramuxModel(BaseTuner):
         Raises:
             AdapterError: when the method has no experts that belong to tasks, or a name is unknown.
         """
-        self._held_rows = []
-        if tasks is None:
-            return
-        chosen = set(task_ids(list(tasks), self.tasks).tolist())
-        held = torch.tensor([i for i in range(len(self.tasks)) if i not in chosen], dtype=torch.long)
         branches = [b for layer in self.layers().values() for b in layer.branches(self.active_adapters[0])]
-        if any(b.config.bank.experts != len(self.tasks) or b.config.bank.shared_down for b in branches):
-            raise AdapterError("only a method with one expert per task (such as moa) can train single tasks")
-        for parameter in (p for branch in branches for p in branch.bank.parameters()):
-            rows = held.to(parameter.device)
-            self._held_rows.append((parameter, rows, parameter.detach()[rows].clone()))
+        self._held = None if tasks is None else HeldRows(branches, self.tasks, tasks)
 
     def add_task(self, task: str) -> None:
         """Give a new task its rows and, where experts belong to tasks, its expert; all others keep their values.
@@ -358,14 +348,14 @@ class LoramuxModel(BaseTuner):
         context = self.context
         if recording:
             update_selection_biases(self.routers())  # for trainers that never call finish_step
-        inputs = _inputs(args, kwargs)
+        inputs = inputs_of(args, kwargs)
         tasks = self._blocked_tasks if tasks is None else tasks
         context.losses, context.recording = [], recording
-        context.token_mask = None if inputs is None else _attention_mask(inputs, kwargs).bool()
+        context.token_mask = None if inputs is None else attention_of(inputs, kwargs).bool()
         context.tasks = {} if tasks is None else self._resolve_tasks(tasks, inputs)
         if context.bypass or context.static_factors is not None:
             return
-        if self.routes_by_prompt and not (_continues(kwargs) and not context.tasks):
+        if self.routes_by_prompt and not (continues(kwargs) and not context.tasks):
             self._decide(inputs, kwargs, mask)
 
     def _resolve_tasks(self, tasks: Tasks, inputs: Tensor | None = None) -> dict[str, Tensor]:
@@ -427,31 +417,16 @@ class LoramuxModel(BaseTuner):
         in_stage = self.stage is None or "router" in self.stage.train
         return bool(self.context.recording and in_stage and branch.router and branch.router.label_loss)
 
-    @torch.no_grad()
     def _pool_prompt(self, inputs: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor:
-        """`(batch, width)`: the mean last hidden state of the frozen base over the prompt."""
-        attention = _attention_mask(inputs, kwargs)
-        if mask is None:
-            mask = prompt_mask(attention, _prompt_labels(self.model, inputs, kwargs))
-        encoder = _encoder(self.model)
-        key = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
-        call = {key: inputs, "attention_mask": attention}
-        if "position_ids" in inspect.signature(encoder.forward).parameters:
-            call["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
-        was_training = encoder.training
-        try:
-            with self.bypassed():
-                hidden = encoder.eval()(**call)[0]
-        finally:
-            encoder.train(was_training)
-        return mean_pool(hidden, mask.bool())
+        with self.bypassed():
+            return pool_prompt(self.model, inputs, kwargs, mask)
 
     def _add_shared_routers(self, adapter: str) -> None:
         config: LoramuxConfig = self.peft_config[adapter]
         shared = nn.ModuleDict()
         for index, branch in enumerate(self._methods[adapter].branches):
             if branch.router is not None and branch.router.shared:
-                dims = RouterDims(_hidden_size(self.model), len(config.tasks), branch.gates)
+                dims = RouterDims(hidden_size(self.model), len(config.tasks), branch.gates)
                 shared[str(index)] = Router(branch.router, dims)
         if len(shared):
             if adapter in self.loramux_routers:
@@ -485,44 +460,6 @@ class LoramuxModel(BaseTuner):
 
 def _one_hot(tasks: Tensor, branch: BranchConfig) -> Tensor:
     return nn.functional.one_hot(tasks, branch.gates).float()
-
-
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Token ids `(batch, tokens)` or embeddings `(batch, tokens, width)` of the call."""
-    for key in ("input_ids", "inputs", "inputs_embeds"):
-        if kwargs.get(key) is not None:
-            return kwargs[key]
-    return args[0] if args else None
-
-
-def _attention_mask(inputs: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    mask = kwargs.get("attention_mask")
-    return mask if mask is not None and mask.dim() == 2 else inputs.new_ones(inputs.shape[:2], dtype=torch.long)
-
-
-def _prompt_labels(model: Any, inputs: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The labels that hide answers from the router: per-token ones on the same sequence as the prompt."""
-    labels = kwargs.get("labels")
-    on_prompt = labels is not None and labels.shape == inputs.shape[:2] and not model.config.is_encoder_decoder
-    return labels if on_prompt else None
-
-
-def _continues(kwargs: dict[str, Any]) -> bool:
-    """Whether the call continues a sequence whose prompt was routed before."""
-    cache = kwargs.get("past_key_values")
-    return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
-
-
-def _encoder(model: Any) -> Any:
-    """What reads the prompt: the encoder of an encoder-decoder, else the model without its head."""
-    if model.config.is_encoder_decoder:
-        return model.get_encoder()
-    return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
-
-
-def _hidden_size(model: Any) -> int:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return int(config.hidden_size)
 
 
 register(LoramuxModel)
