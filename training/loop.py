@@ -171,7 +171,8 @@ class Trainer:
         improved = evaluates and self._evaluate(counts=span is self.spans[-1])
         if improved or ends or self.progress.stopped or step % self._every(self.config.save_every) == 0:
             self._save()
-        shown.advance(note=f"loss {self.last.get('train/loss', float('nan')):.3f}  {span.stage.name}")
+        loss = f"loss {self.last['train/loss']:.3f}  " if "train/loss" in self.last else ""
+        shown.advance(note=loss + span.stage.name)
 
     def _every(self, steps: int | None) -> int:
         return steps or max(self.config.steps // 4, 1)

@@ -44,7 +44,7 @@ class TrainConfig:
     steps: int = 400
     batch_size: int = 32
     accumulation: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     router_learning_rate: float | None = None
     """None: the learning rate."""
     task_logit_learning_rate: float | None = None
