@@ -14,6 +14,7 @@ from torch import Tensor
 from ..support.config import config
 from ..support.errors import ExportRefused
 from ..support.files import atomic_folder, write_json
+from ..support.identity import BaseIdentity
 from .card import write_card
 from .fidelity import Fidelity, measure_fidelity
 from .fit import distil, fit_factors
@@ -44,14 +45,6 @@ class ExportConfig:
     rank: int | None = None
     distil_steps: int = 60
     examples: int = 512
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """The base model as others can find it: a Hub id or the name of the bundled base, never a path."""
-
-    name: str
-    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import (
 from ..support.console import say
 from ..support.errors import ConfigError
 from ..support.files import atomic_folder, write_json
+from ..support.identity import BaseIdentity
 
 BUNDLED = "loramux/tiny"
 """The name under which the base that ships with the package is loaded and named in exports."""
@@ -28,14 +28,6 @@ BUNDLED = "loramux/tiny"
 _BUNDLED_FOLDER = Path(__file__).parent / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})/?$")
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """How others can find the same base: a Hub id or `loramux/tiny`, and the commit where there is one."""
-
-    name: str
-    revision: str | None = None
 
 
 def resolve_base(name: str | Path) -> str:

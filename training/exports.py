@@ -82,8 +82,7 @@ def identity_of(run: TrainedRun, known_as: str | None = None) -> BaseIdentity:
         ConfigError: when the base is a folder that nobody else can resolve.
     """
     base = run.recipe.base
-    found = base_identity(base.model, revision=base.revision, known_as=known_as or base.known_as)
-    return BaseIdentity(found.name, found.revision)
+    return base_identity(base.model, revision=base.revision, known_as=known_as or base.known_as)
 
 
 def evaluate_exports(
