@@ -346,8 +346,8 @@ class LoramuxModel(BaseTuner):
     ) -> None:
         """Set the context up for one call: tasks, token mask, and the decisions made once for the model."""
         context = self.context
-        if recording:
-            update_selection_biases(self.routers())  # for trainers that never call finish_step
+        if recording and self.stage is None:
+            update_selection_biases(self.routers())  # other trainers set no stage and never call finish_step
         inputs = inputs_of(args, kwargs)
         tasks = self._blocked_tasks if tasks is None else tasks
         context.losses, context.recording = [], recording

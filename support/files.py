@@ -71,6 +71,7 @@ def _replace_folder(staging: Path, target: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o644)  # safetensors makes its files unreadable for everybody else
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _sync_folder(folder)

@@ -42,12 +42,15 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["lora", "moa"])
-def test_accumulation_equals_one_large_batch(places, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("moa", "{rank: 2}"), ("lora", "{rank: 2}"), ("smora", "{rank: 8, top_k: 2, balance_rate: 0.01}")],
+)
+def test_accumulation_equals_one_large_batch(places, tmp_path: Path, method: str, options: str) -> None:
     """Answers differ in length between tasks, so a mean of micro-batch means would not do."""
     for parts in (1, 3):
-        recipe = make_recipe(*places, f"method.name={method}", f"train.accumulation={parts}")
-        run_of(recipe, tmp_path / str(parts))
+        chosen = (f"method.name={method}", f"method.options={options}", f"train.accumulation={parts}")
+        run_of(make_recipe(*places, *chosen), tmp_path / str(parts))
     assert_same(weights_of(tmp_path / "1"), weights_of(tmp_path / "3"), atol=2e-5)
 
 
@@ -110,7 +113,9 @@ def test_a_lost_loss_stops_the_run_and_names_step_tasks_and_examples(places, tmp
         return {}
 
     recipe = make_recipe(*places, "method.name=moa", "train.save_every=3")
-    message = r"loss is not finite at step 5 \(task 'sound'; training examples sound\[\d+\].*last good .*step-00000003\."
+    message = (
+        r"loss is not finite at step 5 \(task 'sound'; training examples sound\[\d+\].*last good .*step-00000003\."
+    )
     with pytest.raises(TrainingDiverged, match=message):
         run_of(recipe, tmp_path / "run", evaluate=poison)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
