@@ -15,14 +15,15 @@ def write_card(
 
     Args:
         report: an `ExportReport` as data.
-        facts: `description`, `examples` (rows of `input` and `target`), `scores` (name to number), `recipe` (text).
+        facts: `description`, `examples` (rows of `input` and `target`), `scores` (name to number), `base_note` (where
+            to get an unusual base) and `recipe` (text).
     """
     sections = [
         f"# {report['task']}\n\n{facts.get('description') or 'A task adapter.'}",
         _examples(facts.get("examples", ())),
         _scores(facts.get("scores", {})),
         _fidelity(report),
-        _loading(base, revision),
+        _loading(base, revision, facts.get("base_note", "")),
     ]
     if facts.get("recipe"):
         sections.append(f"## How it was trained\n\n```yaml\n{facts['recipe'].strip()}\n```")
@@ -72,11 +73,12 @@ def _fidelity(report: Mapping[str, Any]) -> str:
     return text
 
 
-def _loading(base: str, revision: str | None) -> str:
+def _loading(base: str, revision: str | None, note: str) -> str:
     pinned = f', revision="{revision}"' if revision else ""
+    note = f"{note}\n\n" if note else ""
     return f"""## Use
 
-```python
+{note}```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import BaseIdentity, ExportConfig, ExportReport, export_task
-from ..bases import base_identity
+from ..bases import BUNDLED, base_identity
 from ..support.console import meter
 from ..support.errors import ConfigError, ExportRefused, did_you_mean
 from ..tasks import EncodedTask, collate
@@ -19,6 +19,7 @@ from .run import TrainedRun
 
 EXPORTS = "exports"
 REFUSED = "refused.json"
+_BUNDLED_NOTE = f"`{BUNDLED}` comes with loramux; `loramux base --to FOLDER` writes it out, to be loaded from there."
 _CARD_EXAMPLES = 5
 _HELD_OUT = 128
 _BATCH = 32
@@ -167,6 +168,7 @@ def _card(run: TrainedRun, task: EncodedTask, scores: Mapping[str, float]) -> di
         "description": task.task.config.description,
         "examples": examples,
         "scores": dict(scores),
+        "base_note": _BUNDLED_NOTE if run.recipe.base.model == BUNDLED else "",
         "recipe": _public_recipe(run),
     }
 
