@@ -54,7 +54,7 @@ class CompletionRequest:
     max_tokens: int = pydantic.Field(default=64, ge=1, le=4096)
     temperature: float = pydantic.Field(default=1.0, ge=0, le=2)
     top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
-    seed: int | None = None
+    seed: int | None = pydantic.Field(default=None, ge=0, lt=2**63)
     stop: str | list[str] | None = None
 
     @property
@@ -67,6 +67,7 @@ class Engine:
 
     def __init__(self, run: TrainedRun) -> None:
         self.model, self.tokenizer = run.model, run.tokenizer
+        self.tokenizer.padding_side = "left"
         self.hub: LoramuxModel = run.model.base_model  # type: ignore[assignment]
         self.names = [*self._own_choice(), *self.hub.tasks, "base"]
         self._lock = threading.Lock()
@@ -115,7 +116,6 @@ class Engine:
         return self.hub.routing(name) if name in self.hub.tasks else torch.no_grad()
 
     def _encode(self, prompts: list[str], max_tokens: int) -> Any:
-        self.tokenizer.padding_side = "left"
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         length = inputs["input_ids"].shape[1]
@@ -124,7 +124,8 @@ class Engine:
         return inputs.to(self.model.device)
 
     def _generation(self, request: CompletionRequest) -> dict[str, Any]:
-        sampled = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
+        sampling = {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+        sampled = sampling if request.temperature else {}
         common = {"max_new_tokens": request.max_tokens, "pad_token_id": self.tokenizer.pad_token_id}
         return {**common, **sampled, "do_sample": bool(sampled)}
 
@@ -171,8 +172,12 @@ def make_server(engine: Engine, host: str, port: int) -> ThreadingHTTPServer:
             self._answer(lambda: _known(routes, self.path)())
 
         def _request(self) -> CompletionRequest:
-            length = int(self.headers.get("Content-Length") or 0)
+            declared = self.headers.get("Content-Length") or "0"
+            if not declared.isdecimal():
+                raise RequestError(400, "Content-Length is not a number")
+            length = int(declared)
             if length > MAX_BODY_BYTES:
+                self.rfile.read(min(length, 8 * MAX_BODY_BYTES))  # a client still sending would not read the answer
                 raise RequestError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
             try:
                 data = json.loads(self.rfile.read(length))

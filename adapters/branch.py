@@ -1,10 +1,11 @@
 """A branch: one bank and one router at one frozen linear. A layer's delta is the sum of its branches.
 
 Two paths compute the same function. The core path runs all experts and weights their activations; it serves every
-granularity. The materialise path first builds the factors of each distinct decision; it serves every decision that is
+granularity. The materialise path first builds the factors of each row's decision; it serves every decision that is
 constant over tokens, runs only the experts that are open, and is what an exact export writes down.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from ..routing import Granularity, Router, RouterConfig, RouterDims, RoutingContext
 from .banks import BankConfig, DenseBank, joined
+
+_LARGEST_RANK = 1 << 16
+"""Far above any use; a config from a stranger must not ask for all memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,10 @@ class BranchConfig:
         total = self.bank.experts * self.bank.rank
         if self.block_size is not None and (self.block_size < 1 or total % self.block_size):
             raise ValueError(f"block_size (={self.block_size}) must divide the total rank (={total})")
+        if total > _LARGEST_RANK:
+            raise ValueError(f"experts x rank (={total}) must be at most {_LARGEST_RANK}")
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"the scaling alpha / rank (={self.scaling}) must be finite")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout (={self.dropout}) must be in [0, 1)")
 

@@ -1,6 +1,7 @@
 """Export: one task leaves the hub as a plain PEFT LoRA folder, measured against the routed model it came from."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ def export_task(
     settings = settings or ExportConfig()
     _check_identity(base)
     hub: LoramuxModel = model.base_model  # type: ignore[assignment]
+    if hub.peft_config[hub.active_adapters[0]].modules_to_save:
+        raise ExportRefused("the adapter also trained modules_to_save, which a plain LoRA does not hold")
     model.eval()
     how, factors, fidelity = _best_factors(hub, task, calibration, held_out, settings)
     report = _report(hub, task, how, factors, fidelity, score, settings)
@@ -123,11 +126,9 @@ def exact_factors(hub: LoramuxModel, task: str | None) -> dict[str, LowRank]:
         AdapterError: when the method routes by token, or `task` is needed and None.
     """
     adapter = hub.active_adapters[0]
-    if task is None:
-        pairs = {name: layer.factors(adapter) for name, layer in hub.layers().items()}
-    else:
-        with hub.routing(task):
-            pairs = {name: layer.factors(adapter) for name, layer in hub.layers().items()}
+    layers = {name: layer for name, layer in hub.layers().items() if layer.branches(adapter)}
+    with hub.routing(task) if task is not None else nullcontext():
+        pairs = {name: layer.factors(adapter) for name, layer in layers.items()}
     return {name: LowRank(pair.down.detach().float(), pair.up.detach().float()) for name, pair in pairs.items()}
 
 
@@ -188,9 +189,9 @@ def _best_factors(
     hub: LoramuxModel, task: str, calibration: Sequence[Batch], held_out: Sequence[Batch], settings: ExportConfig
 ) -> tuple[str, dict[str, LowRank], Fidelity]:
     if hub.method().exports_exactly:
-        factors = exact_factors(hub, task if hub.tasks else None)
+        factors = to_one_rank_class(exact_factors(hub, task if hub.tasks else None))
         return "exact", factors, measure_fidelity(hub, task, factors, held_out)
-    how, factors = "least squares", fit_factors(hub, task, calibration, settings.rank)
+    how, factors = "least squares", to_one_rank_class(fit_factors(hub, task, calibration, settings.rank))
     fidelity = measure_fidelity(hub, task, factors, held_out)
     if fidelity.token_kl > settings.max_kl and settings.distil_steps:
         moved = distil(hub, task, calibration, factors, steps=settings.distil_steps)
@@ -215,7 +216,7 @@ def _report(
             routed = score()
         with hub.using_factors(factors):
             exported = score()
-    rank = next(iter(to_one_rank_class(factors).values())).rank
+    rank = next(iter(factors.values())).rank
     method = hub.peft_config[hub.active_adapters[0]].method
     faults = _faults(how, fidelity, routed, exported, settings)
     return ExportReport(task, method, how, rank, fidelity, routed, exported, faults)

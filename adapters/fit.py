@@ -91,7 +91,7 @@ class _Moments:
         assert self.dx is not None
         covariance, cross = self.xx / self.count, self.dx / self.count
         ridge = _RIDGE * covariance.trace() / len(covariance)
-        values, vectors = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))
+        values, vectors = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance)).to(covariance))
         inverse_root = vectors @ torch.diag(values.rsqrt()) @ vectors.T
         u, s, v = torch.linalg.svd(cross @ inverse_root, full_matrices=False)
         rank = min(rank, len(s))
@@ -107,7 +107,7 @@ def _observe(hub: LoramuxModel, task: str, batch: Batch, moments: dict[str, _Mom
             moments[layer].add(x[keep.to(x.device)], delta[keep.to(x.device)])
 
     with hub.routing(task), hub.observing(add):
-        hub(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        answer_logits(hub, batch)
 
 
 def _affordable_groups(hub: LoramuxModel) -> Iterator[list[str]]:

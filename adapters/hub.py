@@ -148,8 +148,8 @@ class LoramuxModel(BaseTuner):
         output = self.model(*args, **kwargs)
         self.context.recording = False  # a checkpointed block may run again in the backward pass; it has counted
         loss = getattr(output, "loss", None)
-        if loss is not None and self.context.losses:
-            output.loss = loss + self.auxiliary_loss()
+        if loss is not None and (auxiliary := self.context.auxiliary_loss()) is not None:
+            output.loss = loss + self._with_gradient(auxiliary)
         return output
 
     def generate(
@@ -166,13 +166,12 @@ class LoramuxModel(BaseTuner):
     @contextmanager
     def routing(self, tasks: Tasks) -> Iterator["LoramuxModel"]:
         """Route every call in the block by `tasks`: a name, one name per row, or ids `(batch,)`."""
-        before = self._blocked_tasks, dict(self.context.tasks)
-        self._blocked_tasks = tasks
-        self.context.tasks = self._resolve_tasks(tasks)
+        before = self._blocked_tasks, self.context.named_tasks
+        self._blocked_tasks, self.context.named_tasks = tasks, self._resolve_tasks(tasks)
         try:
             yield self
         finally:
-            self._blocked_tasks, self.context.tasks = before
+            self._blocked_tasks, self.context.named_tasks = before
 
     @contextmanager
     def collect_statistics(self) -> Iterator[RoutingStatistics]:
@@ -262,9 +261,12 @@ class LoramuxModel(BaseTuner):
         Raises:
             AdapterError: when they have no gradient although they should, as under re-entrant checkpointing.
         """
-        if not self.context.losses:
+        loss = self.context.auxiliary_loss()
+        if loss is None:
             return torch.zeros((), device=next(self.parameters()).device)
-        loss = torch.stack(self.context.losses).sum()
+        return self._with_gradient(loss)
+
+    def _with_gradient(self, loss: Tensor) -> Tensor:
         router_trains = any(p.requires_grad for router in self.routers() for p in router.parameters())
         if router_trains and torch.is_grad_enabled() and not loss.requires_grad:
             raise AdapterError(
@@ -300,6 +302,7 @@ class LoramuxModel(BaseTuner):
             raise AdapterError(f"adapter {adapter!r} knows task {task!r} already")
         config.tasks.append(task)
         self._methods[adapter] = config.build()
+        self._held = None
         for layer in self.layers().values():
             if layer.branches(adapter):
                 layer.update_layer(adapter, self._methods[adapter], len(config.tasks), config.inference_mode)
@@ -349,8 +352,12 @@ class LoramuxModel(BaseTuner):
         if recording and self.stage is None:
             update_selection_biases(self.routers())  # other trainers set no stage and never call finish_step
         inputs = inputs_of(args, kwargs)
+        if context.adapter_rows is not None and inputs is not None:
+            named = sum(len(rows) for rows in context.adapter_rows.values())
+            if named != len(inputs):
+                raise AdapterError(f"adapter_names names {named} rows, the batch has {len(inputs)}")
         tasks = self._blocked_tasks if tasks is None else tasks
-        context.losses, context.recording = [], recording
+        context.layer_losses, context.shared_losses, context.recording = [], [], recording
         context.token_mask = None if inputs is None else attention_of(inputs, kwargs).bool()
         context.tasks = {} if tasks is None else self._resolve_tasks(tasks, inputs)
         if context.bypass or context.static_factors is not None:
@@ -409,7 +416,7 @@ class LoramuxModel(BaseTuner):
             self.context.decisions[adapter, index] = decision.weights
         else:
             assert branch.router is not None
-            self.context.losses.append(branch.router.label_loss * label_loss(decision, tasks))
+            self.context.shared_losses.append(branch.router.label_loss * label_loss(decision, tasks))
         if self.context.statistics is not None:
             self.context.statistics.add("prompt", decision.weights, None, tasks)
 

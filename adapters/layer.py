@@ -114,7 +114,7 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def _constant_weight(self, branch: Branch, adapter: str) -> Tensor | None:
-        tasks = self.context.tasks.get(adapter)
+        tasks = self.context.named_tasks.get(adapter)
         granularity = branch.config.granularity
         if granularity == Granularity.FIXED:
             return None

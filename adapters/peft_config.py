@@ -64,6 +64,10 @@ class LoramuxConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if not isinstance(self.tasks, list) or not all(isinstance(task, str) and task for task in self.tasks):
+            raise AdapterError(f"tasks must be a list of names, got {self.tasks!r}")
+        if not isinstance(self.method, str) or not isinstance(self.options, dict):
+            raise AdapterError(f"method must be a name and options a mapping, got {self.method!r}, {self.options!r}")
         if len(set(self.tasks)) != len(self.tasks):
             raise AdapterError(f"tasks must have different names, got {self.tasks}")
         self.options = {**find_method(self.method).options(), **self.options}

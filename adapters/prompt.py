@@ -24,8 +24,9 @@ def pool_prompt(model: Any, inputs: Tensor, kwargs: dict[str, Any], mask: Tensor
         mask = prompt_mask(attention, _prompt_labels(model, inputs, kwargs))
     encoder = _encoder(model)
     call = {"input_ids" if inputs.dim() == 2 else "inputs_embeds": inputs, "attention_mask": attention}
-    if "position_ids" in inspect.signature(encoder.forward).parameters:
-        call["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0)  # padding on the left moves no token
+    padded_left = not bool(attention[:, 0].all())
+    if padded_left and "position_ids" in inspect.signature(encoder.forward).parameters:
+        call["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0)
     was_training = encoder.training
     try:
         hidden = encoder.eval()(**call)[0]

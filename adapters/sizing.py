@@ -29,7 +29,7 @@ def count_parameters(method: MethodConfig, shapes: Shapes, *, tasks: int, hidden
 
 
 def adapter_parameters(hub: LoramuxModel) -> int:
-    """Parameters of the first active adapter, trainable at this stage or not."""
+    """Parameters of the active adapters, trainable at this stage or not."""
     return sum(p.numel() for group in hub.grouped_parameters().values() for _, p in group)
 
 

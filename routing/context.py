@@ -1,7 +1,8 @@
 """The state of one forward pass that adapted layers read.
 
 It lives on one object shared by the hub and its layers, not in hooks and not in keyword arguments: it is still there
-when gradient checkpointing recomputes a block during the backward pass, and through every step of `generate`.
+when gradient checkpointing recomputes a block during the backward pass, and through every step of `generate`. It
+describes the latest call, so under checkpointing each forward pass wants its backward pass before the next one.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +26,8 @@ class RoutingContext:
     """What the layers need to know about the current call.
 
     Attributes:
-        tasks: per adapter, `(batch,)` task ids.
+        tasks: per adapter, `(batch,)` task ids of the latest call.
+        named_tasks: per adapter, the task ids that a surrounding `hub.routing` block names.
         decisions: per adapter and branch, `(batch, gates)` weights decided once for the whole model.
         token_mask: `(batch, tokens)`, true for real tokens.
         adapter_rows: for mixed batches, the rows each adapter serves.
@@ -33,18 +35,26 @@ class RoutingContext:
         static_factors: plain LoRA factors per layer that stand in for the adapters.
         observer: called with layer name, input and delta of every adapted layer.
         recording: whether this pass counts for losses and balance; off when a checkpointed block is recomputed.
+        layer_losses, shared_losses: weighted auxiliary losses of this pass, of each layer's and of shared routers.
     """
 
     tasks: dict[str, Tensor] = field(default_factory=dict)
+    named_tasks: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     token_mask: Tensor | None = None
     adapter_rows: dict[str, Tensor] | None = None
     bypass: bool = False
     recording: bool = False
-    losses: list[Tensor] = field(default_factory=list)
+    layer_losses: list[Tensor] = field(default_factory=list)
+    shared_losses: list[Tensor] = field(default_factory=list)
     statistics: RoutingStatistics | None = None
     observer: Observer | None = None
     static_factors: Mapping[str, Any] | None = None
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """The mean of the layers' losses plus the shared routers' losses; None where there are none."""
+        parts = [torch.stack(self.layer_losses).mean()] if self.layer_losses else []
+        return torch.stack([*parts, *self.shared_losses]).sum() if parts or self.shared_losses else None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The token mask when it describes `x` `(..., features)`, else None (a decoding step sees one token)."""
@@ -75,17 +85,21 @@ class RoutingContext:
             # Computed in the recomputation of a checkpointed block too, which must repeat the forward pass exactly.
             loss = router.config.balance_loss * balance_loss(decision, mask)
             if self.recording:
-                self.losses.append(loss)
+                self.layer_losses.append(loss)
         if self.recording:
             router.count_load(decision.weights, mask)
 
 
 def prompt_mask(attention_mask: Tensor, labels: Tensor | None) -> Tensor:
-    """`(batch, tokens)`: the real tokens before the first trained one (labels of -100 are not trained)."""
+    """`(batch, tokens)`: the real tokens before the first trained one (labels of -100 are not trained).
+
+    A row that is trained from its first token on has no prompt; all its real tokens count.
+    """
     mask = attention_mask.bool()
     if labels is None:
         return mask
-    return mask & ((labels != -100).cumsum(-1) == 0)
+    prompt = mask & ((labels != -100).cumsum(-1) == 0)
+    return torch.where(prompt.any(-1, keepdim=True), prompt, mask)  # where all is answer, all is read
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -30,6 +30,10 @@ class RouterConfig:
     balance_loss: float = 0.0
     label_loss: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.shared != (self.scorer.granularity == Granularity.SEQUENCE):
+            raise ValueError("a router is shared by the whole model exactly when it decides once per sequence")
+
 
 class Router(nn.Module):
     """Scores its input and normalises the scores.

@@ -92,7 +92,8 @@ class _Linear(nn.Linear):
 
     def forward(self, x: Tensor, tasks: Tensor | None = None) -> Tensor:
         # Routing decisions are made in the precision of the router (float32 over a half-precision base).
-        return F.linear(x.to(self.weight.dtype), self.weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight.dtype), self.weight)
 
 
 class _Perceptron(nn.Module):
@@ -101,7 +102,8 @@ class _Perceptron(nn.Module):
         self.down, self.up = nn.Linear(in_features, hidden), nn.Linear(hidden, gates)
 
     def forward(self, x: Tensor, tasks: Tensor | None = None) -> Tensor:
-        return self.up(F.gelu(self.down(x.to(self.down.weight.dtype))))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.up(F.gelu(self.down(x.to(self.down.weight.dtype))))
 
 
 def _linear(in_features: int, gates: int, init_std: float | None) -> nn.Module:

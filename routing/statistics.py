@@ -59,7 +59,8 @@ class RoutingStatistics:
         counted = counted.to(weights.device)
         share = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
         entropy = -(share * share.clamp(min=1e-12).log()).sum(-1) * counted
-        index = (torch.zeros(batch, dtype=torch.long) if tasks is None else tasks).to(weights.device)
+        index = torch.zeros(1, dtype=torch.long) if tasks is None else tasks
+        index = index.repeat_interleave(batch // len(index)).to(weights.device)  # beams lie next to each other
         usage = self.layers.setdefault(
             layer, LayerUsage(torch.zeros(rows, gates), torch.zeros(rows), torch.zeros(rows))
         )

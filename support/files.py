@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_REPLACED = ".replaced"
+
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
@@ -49,8 +51,14 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Delete what an interrupted `atomic_folder` or `write_text` left behind in `folder`."""
+    """Sweep up what an interrupted `atomic_folder` or `write_text` left in `folder`.
+
+    A folder that was moved aside and not yet replaced is put back.
+    """
     for leftover in folder.glob(".*.partial"):
+        target = folder / leftover.name[1:].removesuffix(".partial").rpartition(".")[0]
+        if (leftover / _REPLACED).is_dir() and not target.exists():
+            os.rename(leftover / _REPLACED, target)
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
@@ -60,9 +68,14 @@ def _replace_folder(staging: Path, target: Path) -> None:
         # A folder cannot be exchanged in one portable call; the old one is moved aside, so a kill between the two
         # renames leaves a complete copy of it under the `.partial` name.
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        os.rename(target, aside / "old")
-        os.rename(staging, target)
-        shutil.rmtree(aside)
+        os.rename(target, aside / _REPLACED)
+        try:
+            os.rename(staging, target)
+        except BaseException:
+            os.rename(aside / _REPLACED, target)
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     else:
         os.rename(staging, target)
     _sync_folder(target.parent)

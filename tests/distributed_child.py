@@ -1,5 +1,7 @@
 """What each process of the distributed tests runs: several short trainings in one process group.
 
+A training whose name starts with `job` is the whole main job, with its exports and its report.
+
 torchrun --nproc_per_node 2 distributed_child.py BASE TASKS OUT "NAME=override;override" ...
 """
 
@@ -10,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from training_cases import make_recipe
 
+from loramux.training.main_job import train_job
 from loramux.training.run import train_run
 
 
@@ -27,7 +30,10 @@ def main(base: str, tasks: str, out: str, *jobs: str) -> None:
     for job in jobs:
         name, _, overrides = job.partition("=")
         recipe = make_recipe(Path(base), Path(tasks), *overrides.split(";"))
-        train_run(recipe, Path(out) / name, evaluate=EVALUATIONS[name.split("-")[0]])
+        if name.startswith("job"):
+            train_job(recipe, Path(out) / name)
+        else:
+            train_run(recipe, Path(out) / name, evaluate=EVALUATIONS[name.split("-")[0]])
 
 
 if __name__ == "__main__":

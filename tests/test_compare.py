@@ -54,7 +54,7 @@ def test_sizes_are_those_of_the_built_model(recipe: Recipe) -> None:
     (contender,) = made.contenders
     base, _ = load_base(recipe.base.model)
     plain = replace(recipe, method=replace(recipe.method, name="lora", options={"rank": 3}))
-    model = build_model(base, plain, ["colour", "home", "sound"])
+    model = build_model(base, plain, ["colour", "sound", "home"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert contender.parameters == trained
     assert matched_lora_rank(model.base_model) == contender.matched_rank == 3
@@ -98,7 +98,7 @@ def test_the_tables_are_made_of_the_runs_own_results(compared: Path) -> None:
     means = [file["summary"]["auto"]["mean"] for file in files]
     assert comparison.means("smora") == pytest.approx(means)
     assert lines[[line[0] for line in lines].index("smora")][3] == spread(means)
-    assert [line[0] for line in task_table(comparison)[1]] == ["colour", "home", "sound"]
+    assert [line[0] for line in task_table(comparison)[1]] == ["colour", "sound", "home"]
 
 
 def test_scores_over_seeds_come_with_their_spread() -> None:

@@ -35,7 +35,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
+    return write_tasks(tmp_path_factory.mktemp("tasks")).parent
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def encoded(base_folder: Path, task_folder: Path) -> list[EncodedTask]:
 
 def encode_all(base_folder: Path, task_folder: Path) -> list[EncodedTask]:
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    tasks = load_tasks(task_folder)
+    tasks = load_tasks(task_folder / "tasks.yaml")
     closed = {"prompt": "{prompt}", "target": "{completion}", "choices": ["loud", "soft"]}
     source = {"path": str(task_folder / "sound")}
     tasks = [load_tasks([{"name": "sound", "source": source, **closed}])[0] if t.name == "sound" else t for t in tasks]

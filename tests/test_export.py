@@ -126,6 +126,19 @@ def test_an_export_that_costs_too_much_of_the_metric_is_refused(tmp_path):
         )
 
 
+def test_what_is_measured_is_what_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("loramux.adapters.low_rank.RANK_CLASSES", (2,))  # smaller than the adapter's rank of 4
+    model = trained("lora")
+    with pytest.raises(ExportRefused, match="logits differ by"):
+        export_task(model, "who", tmp_path / "who", base=BASE, calibration=[], held_out=batches(1))
+
+
+def test_trained_heads_are_not_dropped_silently(tmp_path):
+    model = trained("moa", modules_to_save=["lm_head"])
+    with pytest.raises(ExportRefused, match="modules_to_save"):
+        export_task(model, "who", tmp_path / "who", base=BASE, calibration=[], held_out=batches(1))
+
+
 @pytest.mark.parametrize("name", ["/home/me/base", "./base", "~/base", "a/b/c"])
 def test_a_base_that_only_this_machine_can_find_is_refused(name, tmp_path):
     with pytest.raises(ExportRefused, match="path of this machine"):

@@ -143,8 +143,17 @@ def test_merging_or_exactly_exporting_a_token_routed_method_is_refused(method):
 
 
 def test_merging_a_task_routed_method_without_naming_the_task_is_refused():
+    model = trained("moa")
+    logits(model, routing_tasks="where")  # what an earlier call named must not decide a merge
     with pytest.raises(AdapterError, match="different weight update for each task"):
-        trained("moa").merge_and_unload()
+        model.merge_and_unload()
+
+
+def test_the_balance_loss_does_not_grow_with_the_number_of_layers():
+    model = adapted("molora")
+    model.train()
+    model(**a_batch())
+    assert 0.005 < model.base_model.auxiliary_loss().item() < 0.02  # 0.01 where the load is even
 
 
 @every_method

@@ -137,6 +137,8 @@ def test_rows_of_one_batch_can_name_their_adapters(tmp_path):
     torch.testing.assert_close(mixed[1], logits(model)[1])
     generated = model.generate(inputs["input_ids"], adapter_names=names, max_new_tokens=3, do_sample=False)
     assert torch.equal(generated[1], model.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False)[1])
+    with pytest.raises(AdapterError, match="adapter_names names 2 rows, the batch has 4"):
+        model(**inputs, adapter_names=["default", "second"])
     with pytest.raises(AdapterError, match="unknown adapter 'third'"):
         model(**inputs, adapter_names=["third"] * 4)
     model.train()
@@ -189,6 +191,14 @@ def test_configs_survive_copies_and_files(tmp_path):
         assert type(other) is LoramuxConfig
         assert other.build() == config.build()
         assert other.peft_type == config.peft_type == "LORAMUX"
+    with pytest.raises(AdapterError, match="tasks must be a list of names, got 'who'"):
+        LoramuxConfig(method="moa", tasks="who")
+    with pytest.raises(AdapterError, match="options a mapping"):
+        LoramuxConfig(method="moa", options=[1])
+    with pytest.raises(ConfigError, match="must be at most 65536"):
+        LoramuxConfig(method="lora", options={"rank": 10**9})
+    with pytest.raises(ConfigError, match="must be finite"):
+        LoramuxConfig(method="lora", options={"alpha": float("inf")})
     with pytest.raises(AdapterError, match="different names"):
         LoramuxConfig(method="lora", tasks=["a", "a"])
     with pytest.raises(ConfigError, match="unknown method"):
@@ -214,6 +224,23 @@ def test_a_manual_decoding_loop_keeps_the_prompts_decision():
         decision = model.base_model.context.decisions["default", 0].clone()
         model(input_ids=prompt[:, :1], past_key_values=first.past_key_values, use_cache=True)
     assert torch.equal(model.base_model.context.decisions["default", 0], decision)
+
+
+def test_a_row_that_is_all_answer_is_read_whole_so_the_router_still_learns():
+    model = adapted("moa")
+    model.train()
+    ids = a_batch()["input_ids"]
+    model(input_ids=ids, labels=ids, routing_tasks=task_of_rows()).loss.backward()
+    assert model.base_model.loramux_routers.default["0"].scorer.weight.grad.abs().sum() > 0
+
+
+def test_autocast_does_not_blur_the_routing():
+    router = next(trained("smora").base_model.routers())
+    x = torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router(x, None).weights, router(x, None).weights.float())
+        scores = router.scorer(x, None)
+    assert torch.equal(scores, router.scorer(x, None))
 
 
 def test_left_padding_and_answers_do_not_reach_the_prompt_router():
@@ -321,7 +348,7 @@ def test_trainer_saves_resumes_and_gets_the_auxiliary_loss(tmp_path):
         model = adapted("molora")
         trainer = Trainer(model=model, args=arguments, train_dataset=data)
         trainer.train(resume_from_checkpoint=resume)
-        assert model.base_model.context.losses  # the balance loss took part
+        assert model.base_model.context.layer_losses  # the balance loss took part
         return logits(model.eval())
 
     straight = run(4, resume=False)

@@ -109,7 +109,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_main_job_scores_everything_there_is_to_compare(run: Path) -> None:
     results = read_results(run)
     assert results.columns == ["base", "lora", "auto", "named", "exported"]
-    assert [task.name for task in results.tasks] == ["colour", "home", "sound"]
+    assert [task.name for task in results.tasks] == ["colour", "sound", "home"]
     assert results.run["base"] == "someone/tiny"
     assert results.run["examples_per_task"] == {"colour": 6, "home": 6, "sound": 6}
     assert results.run["matched_lora"]["rank"] == 6  # three experts of rank 2
@@ -172,7 +172,7 @@ def test_evaluating_again_gives_the_same_figures(run: Path) -> None:
 
 def test_routing_is_noted_by_task(run: Path) -> None:
     usage = json.loads((run / "routing.json").read_text())
-    assert usage["tasks"] == ["colour", "home", "sound"]
+    assert usage["tasks"] == ["colour", "sound", "home"]
     assert [sum(row) for row in usage["layers"]["prompt"]["usage"]] == pytest.approx([1, 1, 1], abs=1e-4)
 
 

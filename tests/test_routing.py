@@ -142,6 +142,14 @@ def test_the_prompt_is_what_comes_before_the_first_answer():
     attention = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
     assert prompt_mask(attention, labels).int().tolist() == [[1, 1, 0, 0, 0], [0, 1, 1, 1, 0]]
     assert torch.equal(prompt_mask(attention, None), attention.bool())
+    assert prompt_mask(attention[1:], torch.tensor([[4, 5, 6, 7, 8]])).int().tolist() == [[0, 1, 1, 1, 1]]
+
+
+def test_a_router_is_shared_exactly_when_it_decides_per_sequence():
+    with pytest.raises(ValueError, match="shared by the whole model exactly when"):
+        RouterConfig(scorer=TokenLinear(), normaliser=Softmax(), shared=True)
+    with pytest.raises(ValueError, match="shared by the whole model exactly when"):
+        RouterConfig(scorer=PooledPrompt(), normaliser=Argmax())
 
 
 def test_pooling_averages_the_masked_tokens_only():

@@ -130,6 +130,18 @@ def test_a_file_keeps_its_old_text_when_the_new_one_cannot_be_written(tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path):
+    target = tmp_path / "folder"
+    with files.atomic_folder(target) as staging:
+        (staging / "one").write_text("1")
+    aside = tmp_path / ".folder.abc.partial"
+    aside.mkdir()
+    target.rename(aside / files._REPLACED)
+    files.remove_partials(tmp_path)
+    assert [path.name for path in target.iterdir()] == ["one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_leftovers_of_a_killed_process_are_swept_away(tmp_path: Path):
     (tmp_path / ".x.abc.partial").mkdir()
     (tmp_path / ".y.abc.partial").write_text("half")

@@ -11,9 +11,11 @@ import pytest
 import torch
 from distributed_child import EVALUATIONS
 from safetensors.torch import load_file
-from training_cases import make_recipe, write_base, write_tasks
+from training_cases import ANSWERS, make_recipe, write_base, write_tasks
 
-from loramux.training.run import train_run
+from loramux.training.assess import encode_tasks, read_results
+from loramux.training.evaluate import evaluate_tasks
+from loramux.training.run import load_run, train_run
 
 # Answers differ in length, a batch of 5 gives the processes 3 and 2 rows, and one of 6 gives micro-batches of 2 and 1.
 MOA = ["method.name=moa", "train.accumulation=2"]
@@ -33,15 +35,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, settings in JOBS.items()
         for kind in KINDS
     ]
-    child = Path(__file__).with_name("distributed_child.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(child)]
-    places = [str(base), str(tasks), str(root / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *places, *jobs], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_in_two_processes(base, tasks, root / "two", *jobs)
     for name, settings in JOBS.items():
         train_run(make_recipe(base, tasks, *settings), root / "one" / name, evaluate=EVALUATIONS[name])
     return root
+
+
+def run_in_two_processes(base: Path, tasks: Path, out: Path, *jobs: str, timeout: float | None = None) -> None:
+    child = Path(__file__).with_name("distributed_child.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(child)]
+    command += [str(base), str(tasks), str(out), *jobs]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
@@ -89,3 +95,24 @@ def test_a_checkpoint_of_two_processes_resumes_on_one(root: Path, kind: str) -> 
     recipe = make_recipe(root / "base", root / "tasks" / "tasks.yaml", *MOA, f"train.distributed={kind}")
     train_run(recipe, run, resume=True)
     assert_close(weights_of(source), weights_of(run))
+
+
+def test_two_processes_finish_a_job_whose_exports_are_fitted(tmp_path: Path) -> None:
+    """One process exports alone while the other waits; validation examples judge what it writes."""
+    base, tasks = write_base(tmp_path / "base"), write_tasks(tmp_path / "tasks")
+    listed = [{"name": n, "source": {"path": n}, "choices": choices} for n, choices in ANSWERS.items()]
+    tasks.write_text(json.dumps({"tasks": listed}))
+    for name in ANSWERS:
+        held_out = tmp_path / "tasks" / name / "test.jsonl"
+        held_out.write_text(held_out.read_text().splitlines(keepends=True)[0])  # its accuracy is 0 or 1
+    settings = ["method.name=smora", "method.options={rank: 4, top_k: 2}", "train.steps=2", "baseline.enabled=false"]
+    settings += ["base.known_as=someone/tiny", "export.allow_lossy=true"]
+    run_in_two_processes(base, tasks, tmp_path / "two", f"job={';'.join(settings)}", timeout=300)
+    folder = tmp_path / "two" / "job"
+    assert "exported" in read_results(folder).columns
+    run = load_run(folder)
+    scores = evaluate_tasks(run.model, run.tokenizer, encode_tasks(run), split="validation")
+    assert any(0 < found["accuracy"] < 1 for found in scores.values())
+    for name, found in scores.items():
+        report = json.loads((folder / "exports" / name / "export.json").read_text())
+        assert report["routed_score"] == pytest.approx(found["accuracy"])

@@ -74,6 +74,7 @@ def evaluate_tasks(
     length_normalised: bool = False,
     predictions: list[Prediction] | None = None,
     title: str | None = "evaluate",
+    shared: bool = True,
 ) -> Scores:
     """Score a model on every task; the same on one or many processes.
 
@@ -85,6 +86,7 @@ def evaluate_tasks(
         length_normalised: compare options by log-likelihood per token instead of their sum.
         predictions: filled with every answer, on every process.
         title: of the progress display; None shows none.
+        shared: whether all processes call this and share the work; False where one process works alone.
 
     Returns:
         Per task its metrics (0..1, higher is better), `loss` (nats per answer token), `examples`, and under `auto`
@@ -96,6 +98,7 @@ def evaluate_tasks(
         routing=routing,
         batch_size=batch_size,
         length_normalised=length_normalised,
+        shared=shared,
     )
     found = exam.take(tasks, split, limit, title)
     if predictions is not None:
@@ -129,6 +132,7 @@ class _Exam:
     routing: Routing
     batch_size: int
     length_normalised: bool
+    shared: bool
 
     def take(
         self, tasks: Sequence[EncodedTask], split: str, limit: int | None, title: str | None
@@ -142,7 +146,7 @@ class _Exam:
                 answers += self._answer(task, batch, self._room(task, drawn[task.name]))
                 if progress is not None:
                     progress.advance(len(batch), task.name)
-        if not _is_sharded(self.model):
+        if self._divides_work:
             answers = _gathered(answers)
         by_place = sorted(answers, key=lambda answer: answer.index)
         return {task.name: [a for a in by_place if a.task == task.name] for task in tasks}
@@ -151,7 +155,11 @@ class _Exam:
         """The batches of this process: alike in length, the longest first."""
         ordered = sorted(chosen, key=lambda q: (-len(q.encoded.input_ids), q.index))
         batches = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
-        return batches if _is_sharded(self.model) else batches[_rank() :: _world()]
+        return batches[_rank() :: _world()] if self._divides_work else batches
+
+    @property
+    def _divides_work(self) -> bool:
+        return self.shared and not _is_sharded(self.model)
 
     def _room(self, task: EncodedTask, chosen: Sequence[Question]) -> int:
         """How many tokens an answer may have: the same for all prompts of a task, however they are batched."""

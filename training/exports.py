@@ -137,7 +137,10 @@ def _batches(run: TrainedRun, task: EncodedTask, split: str, limit: int) -> list
 
 
 def _scorer(run: TrainedRun, task: EncodedTask) -> Callable[[], float] | None:
-    """The task's main metric of the model as it runs at the moment; exact exports need no such proof."""
+    """The task's main metric of the model as it runs at the moment; exact exports need no such proof.
+
+    It is of the validation examples: the test split must not decide which exports exist.
+    """
     hub: Any = run.model.base_model
     if hub.method().exports_exactly:
         return None
@@ -148,11 +151,12 @@ def _scorer(run: TrainedRun, task: EncodedTask) -> Callable[[], float] | None:
             run.model,
             run.tokenizer,
             [task],
-            split=config.split,
+            split="validation",
             limit=config.limit,
             batch_size=config.batch_size,
             length_normalised=config.length_normalised,
             title=None,
+            shared=False,  # exports are made by the main process alone
         )
         return found[task.name][task.task.metrics[0]]
 
