@@ -79,18 +79,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least_one(self, "steps", "batch_size", "accumulation", "log_every", "keep_checkpoints")
-        _at_least_one(
-            self,
-            *(n for n in ("eval_every", "save_every", "early_stop", "max_length") if getattr(self, n) is not None),
-        )
+        _at_least_one(self, "eval_every", "save_every", "early_stop", "max_length")
+        _above_zero(self, "learning_rate", "router_learning_rate", "task_logit_learning_rate", "clip")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio (={self.warmup_ratio}) must be in [0, 1)")
-        for name in ("learning_rate", "router_learning_rate", "task_logit_learning_rate", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} (={value}) must be above 0 and finite")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay (={self.weight_decay}) must be 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed (={self.seed}) must be in [0, 2**32)")
 
 
 @config
@@ -100,6 +96,9 @@ class BaselineConfig:
     enabled: bool = True
     learning_rate: float | None = None
     """None: the recipe's learning rate."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "learning_rate")
 
 
 @config
@@ -114,6 +113,9 @@ class EvaluateConfig:
     batch_size: int = 64
     length_normalised: bool = False
     """Compare closed choices by log-likelihood per token instead of their sum."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "limit", "during_limit", "batch_size")
 
 
 @config
@@ -195,8 +197,15 @@ def _relative(path: str, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix() if os.path.isabs(path) else path
 
 
-def _at_least_one(config: TrainConfig, *names: str) -> None:
+def _at_least_one(section: Any, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
+        value = getattr(section, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} (={value}) must be at least 1")
+
+
+def _above_zero(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} (={value}) must be above 0 and finite")
