@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from training_cases import make_recipe, write_base, write_tasks
 
 from loramux.adapters import ExportConfig
@@ -142,6 +143,14 @@ def test_stock_peft_gives_every_export_the_routed_models_answers(run: Path) -> N
     results = read_results(run)
     assert results.exports.keys() == {"colour", "home", "sound"}
     assert all(facts["how"] == "exact" for facts in results.exports.values())
+
+
+def test_the_card_of_an_export_tells_nothing_about_the_machine(run: Path) -> None:
+    card = (run / "exports" / "home" / "README.md").read_text()
+    recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert (recipe["base"]["model"], recipe["tasks"]) == ("someone/tiny", "tasks.yaml")
+    written = [file.read_text() for file in (run / "exports").rglob("*") if file.suffix in (".md", ".json")]
+    assert not [text for text in written if ".." in text or str(run.parent) in text]
 
 
 def test_adapters_change_answers_and_differ_by_task(run: Path) -> None:

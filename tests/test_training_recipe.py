@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loramux.bases import BaseIdentity
 from loramux.support.errors import ConfigError
-from loramux.training.recipe import Recipe, dump_recipe, load_recipe
+from loramux.training.recipe import Recipe, dump_recipe, load_recipe, public_recipe
 
 
 def write(path: Path, text: str) -> Path:
@@ -109,3 +110,19 @@ def test_what_is_written_reads_back_the_same_and_holds_no_absolute_path(tmp_path
     text = dump_recipe(recipe, folder)
     assert yaml.safe_load(text)["tasks"] == "../../tasks.yaml"
     assert load_recipe(write(folder / "recipe.yaml", text)) == recipe
+
+
+def test_what_is_published_holds_no_path_of_this_machine(tmp_path: Path) -> None:
+    sources = [{"path": "../alice/rows.jsonl"}, {"dataset": "./alice/set"}, {"dataset": str(tmp_path / "alice/own")}]
+    listed = [{"name": f"t{i}", "source": source} for i, source in enumerate(sources)]
+    listed.append({"name": "glue", "source": {"dataset": "nyu-mll/glue", "name": "sst2"}})
+    places = {"base": {"model": "./alice/base", "known_as": "someone/tiny"}, "train": {"start_from": "../runs/first"}}
+    file = write(tmp_path / "r.yaml", yaml.safe_dump({"tasks": listed, **places}))
+    text = public_recipe(load_recipe(file), BaseIdentity("someone/tiny", "abc"))
+    shown = yaml.safe_load(text)
+    assert (shown["base"]["model"], shown["base"]["revision"]) == ("someone/tiny", "abc")
+    assert shown["train"]["start_from"] == "first"
+    expected = [{"path": "rows.jsonl"}, {"dataset": "set"}, {"dataset": "own"}, listed[-1]["source"]]
+    assert [task["source"] for task in shown["tasks"]] == expected
+    assert "alice" not in text
+    assert yaml.safe_load(public_recipe(Recipe(), BaseIdentity("loramux/tiny")))["tasks"] == "default"

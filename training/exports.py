@@ -14,7 +14,7 @@ from ..support.console import meter
 from ..support.errors import ConfigError, ExportRefused, did_you_mean
 from ..tasks import EncodedTask, collate
 from .evaluate import Prediction, Scores, evaluate_tasks, questions
-from .recipe import EvaluateConfig, dump_recipe
+from .recipe import EvaluateConfig, public_recipe
 from .run import TrainedRun
 
 EXPORTS = "exports"
@@ -68,7 +68,7 @@ def export_run(
                     settings=settings,
                     score=_scorer(run, task),
                     allow_lossy=allow_lossy,
-                    card=_card(run, task, (scores or {}).get(task.name, {})),
+                    card=_card(run, task, base, (scores or {}).get(task.name, {})),
                 )
             except ExportRefused as error:
                 refused[task.name] = str(error)
@@ -163,7 +163,7 @@ def _scorer(run: TrainedRun, task: EncodedTask) -> Callable[[], float] | None:
     return score
 
 
-def _card(run: TrainedRun, task: EncodedTask, scores: Mapping[str, float]) -> dict[str, Any]:
+def _card(run: TrainedRun, task: EncodedTask, base: BaseIdentity, scores: Mapping[str, float]) -> dict[str, Any]:
     split = task.task.test_split
     examples = [
         {"input": example.prompt.strip(), "target": example.target} for example in task.examples[split][:_CARD_EXAMPLES]
@@ -173,10 +173,5 @@ def _card(run: TrainedRun, task: EncodedTask, scores: Mapping[str, float]) -> di
         "examples": examples,
         "scores": dict(scores),
         "base_note": _BUNDLED_NOTE if run.recipe.base.model == BUNDLED else "",
-        "recipe": _public_recipe(run),
+        "recipe": public_recipe(run.recipe, base),
     }
-
-
-def _public_recipe(run: TrainedRun) -> str:
-    """The recipe with paths relative to the run, so that a card tells nothing about the machine."""
-    return dump_recipe(run.recipe, run.folder.path.absolute())

@@ -11,6 +11,7 @@ import yaml
 
 from ..support.config import apply_overrides, config, load_yaml, parse, to_data
 from ..support.errors import ConfigError
+from ..support.identity import BaseIdentity
 from ..tasks import MixtureConfig
 
 BUNDLED_TASKS = "default"
@@ -167,6 +168,17 @@ def dump_recipe(recipe: Recipe, folder: Path) -> str:
     return yaml.safe_dump(_map_paths(to_data(recipe), lambda p: _relative(p, folder)), sort_keys=False)
 
 
+def public_recipe(recipe: Recipe, base: BaseIdentity) -> str:
+    """The recipe as YAML for readers elsewhere: files and folders by their bare names, the base by its public one."""
+    data = _map_paths(to_data(recipe), _bare_name)
+    data["base"] |= {"model": base.name, "revision": base.revision, "known_as": None}
+    for source in _sources(data):
+        dataset = source.get("dataset")
+        if isinstance(dataset, str) and (os.path.isabs(dataset) or dataset.startswith((".", "~"))):
+            source["dataset"] = _bare_name(dataset)
+    return yaml.safe_dump(data, sort_keys=False)
+
+
 def resolve_paths(data: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Make the relative paths of recipe data absolute; ids (`owner/name`) that are no folder under `root` stay."""
     return _map_paths(data, lambda path: path if os.path.isabs(path) else _absolute(path, root))
@@ -177,15 +189,25 @@ def _map_paths(data: Mapping[str, Any], change: Any) -> dict[str, Any]:
     tasks = result.get("tasks")
     if isinstance(tasks, str) and tasks != BUNDLED_TASKS:
         result["tasks"] = change(tasks)
-    for task in tasks if isinstance(tasks, list) else ():
-        source = task.get("source") if isinstance(task, dict) else None
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
+    for source in _sources(result):
+        if isinstance(source.get("path"), str):
             source["path"] = change(source["path"])
     for section, key in (("base", "model"), ("train", "start_from")):
         part = result.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = change(part[key])
     return result
+
+
+def _sources(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of tasks that stand in the recipe itself."""
+    tasks = data.get("tasks")
+    found = [task.get("source") for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+    return [source for source in found if isinstance(source, dict)]
+
+
+def _bare_name(path: str) -> str:
+    return Path(os.path.normpath(path)).name
 
 
 def _absolute(path: str, root: Path) -> str:
