@@ -18,7 +18,7 @@ from .layer import LoramuxLinear
 from .low_rank import RANK_CLASSES, LowRank
 from .peft_config import LoramuxConfig
 from .registry import Method, MethodConfig, StageConfig, find_method, method_config, methods, register_method
-from .sizing import adapter_parameters, count_parameters, matched_lora_rank
+from .sizing import adapted_shapes, adapter_parameters, count_parameters, matched_lora_rank
 
 __all__ = [
     "RANK_CLASSES",
@@ -37,6 +37,7 @@ __all__ = [
     "Method",
     "MethodConfig",
     "StageConfig",
+    "adapted_shapes",
     "adapter_parameters",
     "count_parameters",
     "exact_factors",

@@ -33,7 +33,11 @@ def adapter_parameters(hub: LoramuxModel) -> int:
     return sum(p.numel() for group in hub.grouped_parameters().values() for _, p in group)
 
 
-def matched_lora_rank(hub: LoramuxModel) -> int:
-    """The rank at which a plain LoRA on the same linears has the nearest number of parameters."""
-    per_rank = sum(layer.in_features + layer.out_features for layer in hub.layers().values())
-    return max(1, round(adapter_parameters(hub) / per_rank))
+def adapted_shapes(hub: LoramuxModel) -> list[tuple[int, int]]:
+    """(in, out) of every adapted linear."""
+    return [(layer.in_features, layer.out_features) for layer in hub.layers().values()]
+
+
+def matched_lora_rank(parameters: int, shapes: Shapes) -> int:
+    """The rank at which a plain LoRA on linears of `shapes` has the nearest number of parameters."""
+    return max(1, round(parameters / sum(map(sum, shapes))))

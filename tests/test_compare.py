@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training_cases import make_recipe, write_base, write_tasks
 
-from loramux.adapters import matched_lora_rank
+from loramux.adapters import adapted_shapes, adapter_parameters, matched_lora_rank
 from loramux.bases import load_base
 from loramux.support.errors import ConfigError, RunError
 from loramux.training.compare import compare_methods, make_plan
@@ -56,8 +56,9 @@ def test_sizes_are_those_of_the_built_model(recipe: Recipe) -> None:
     plain = replace(recipe, method=replace(recipe.method, name="lora", options={"rank": 3}))
     model = build_model(base, plain, ["colour", "sound", "home"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert contender.parameters == trained
-    assert matched_lora_rank(model.base_model) == contender.matched_rank == 3
+    hub = model.base_model
+    assert contender.parameters == trained == adapter_parameters(hub)
+    assert matched_lora_rank(trained, adapted_shapes(hub)) == contender.matched_rank == 3
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from ..adapters.hub import LoramuxModel
+from .answer_logits import base_of
 
 Tokens = Sequence[int]
 _LOGIT_BUDGET = 2**26  # floats of one block of log-probabilities: 256 MB
@@ -38,7 +39,7 @@ class Respondent:
         self.model, self.tokenizer, self.routing = model, tokenizer, dict(routing or {})
         tuner = getattr(model, "base_model", None)
         self._hub = tuner if isinstance(tuner, LoramuxModel) else None
-        self._accepted = set(inspect.signature(_base_of(model).forward).parameters)
+        self._accepted = set(inspect.signature(base_of(model).forward).parameters)
         self._positions = positions_of(model)
         self.device = next(model.parameters()).device
         self.pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -145,11 +146,7 @@ class _Block:
 
 def positions_of(model: nn.Module) -> int | None:
     """How many tokens the model takes, where its config tells."""
-    return getattr(_base_of(model).config, "max_position_embeddings", None)
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base_of(model).config, "max_position_embeddings", None)
 
 
 def _blocks(beginnings: list[list[tuple[int, ...]]], most_tokens: int) -> Iterator[_Block]:

@@ -106,9 +106,6 @@ class Comparison:
     def tasks(self) -> list[TaskInfo]:
         return self.any_results.tasks
 
-    def main(self, label: str) -> list[Results]:
-        return self.results[label]
-
     def means(self, label: str, column: str | None = None) -> list[float]:
         """Per seed the mean over tasks, of a column or of the method at its best use."""
         return _known(results.mean(_column(results, column)) for results in self._with(label, column))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..adapters import matched_lora_rank
+from ..adapters import adapted_shapes, adapter_parameters, matched_lora_rank
 from ..support.console import say
 from ..support.errors import ConfigError
 from ..support.files import write_json
@@ -34,7 +34,7 @@ from .run import TrainedRun, on_main, train_run
 _HINT = " Use --allow-lossy to export it all the same"
 
 
-def train_job(recipe: Recipe, folder: Path, *, resume: bool = False, base_scores: Scores | None = None) -> Results:
+def train_job(recipe: Recipe, folder: Path, *, resume: bool = False) -> Results:
     """Train what the recipe says and leave a folder with everything people want to see of it.
 
     Args:
@@ -64,16 +64,15 @@ def train_matched_lora(trained: TrainedRun) -> None:
 def rank_of_matched_lora(trained: TrainedRun) -> int:
     hub = hub_of(trained.model)
     assert hub is not None
-    return matched_lora_rank(hub)
+    return matched_lora_rank(adapter_parameters(hub), adapted_shapes(hub))
 
 
 def matched_lora_recipe(recipe: Recipe, rank: int) -> Recipe:
     """The same run with a plain LoRA of `rank`, at the baseline's own learning rate if it has one."""
-    rate = recipe.baseline.learning_rate or recipe.train.learning_rate
     return replace(
         recipe,
         method=MethodChoice(name="lora", options={"rank": rank}, target_modules=recipe.method.target_modules),
-        train=replace(recipe.train, learning_rate=rate, only_tasks=None, start_from=None),
+        train=replace(recipe.train, learning_rate=recipe.baseline_rate, only_tasks=None, start_from=None),
         baseline=BaselineConfig(enabled=False),
     )
 

@@ -141,6 +141,11 @@ class Recipe:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
+    @property
+    def baseline_rate(self) -> float:
+        """The learning rate of a plain LoRA beside the method."""
+        return self.baseline.learning_rate or self.train.learning_rate
+
 
 def load_recipe(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe; without a path, the default one.

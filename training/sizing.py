@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..adapters import LoramuxConfig, count_parameters
+from ..adapters import LoramuxConfig, adapted_shapes, count_parameters, matched_lora_rank
 from ..bases import resolve_base
 from ..support.errors import ConfigError
 from .evaluate import hub_of
@@ -35,7 +35,7 @@ class BaseShapes:
 
     def matched_rank(self, parameters: int) -> int:
         """The rank at which a plain LoRA has the nearest number of parameters."""
-        return max(1, round(parameters / sum(map(sum, self.linears))))
+        return matched_lora_rank(parameters, self.linears)
 
 
 def shapes_of(base: BaseConfig, target_modules: str | tuple[str, ...] = "all-linear") -> BaseShapes:
@@ -59,5 +59,4 @@ def shapes_of(base: BaseConfig, target_modules: str | tuple[str, ...] = "all-lin
     except ValueError as error:
         raise ConfigError(f"target modules {targets!r}: {error}") from None
     assert hub is not None
-    linears = tuple((layer.in_features, layer.out_features) for layer in hub.layers().values())
-    return BaseShapes(linears, int(model.config.get_text_config().hidden_size))
+    return BaseShapes(tuple(adapted_shapes(hub)), int(model.config.get_text_config().hidden_size))
