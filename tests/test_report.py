@@ -185,7 +185,7 @@ def test_routing_is_noted_by_task(run: Path) -> None:
     assert [sum(row) for row in usage["layers"]["prompt"]["usage"]] == pytest.approx([1, 1, 1], abs=1e-4)
 
 
-def test_a_job_without_a_public_base_trains_and_says_why_it_exports_nothing(
+def test_a_job_without_a_public_base_exports_nothing_until_it_is_resumed_with_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, tasks = write_base(tmp_path / "base"), write_tasks(tmp_path / "tasks")
@@ -194,6 +194,9 @@ def test_a_job_without_a_public_base_trains_and_says_why_it_exports_nothing(
     assert results.columns == ["base", "adapted"]
     assert "no exports: base" in capsys.readouterr().out
     assert not (tmp_path / "run" / "exports").exists()
+    known = replace(recipe, base=replace(recipe.base, known_as="someone/tiny"))
+    assert train_job(known, tmp_path / "run", resume=True).columns == ["base", "adapted", "exported"]
+    assert identity_of(load_run(tmp_path / "run")).name == "someone/tiny"
 
 
 def test_exports_that_would_lose_too_much_are_told_and_can_be_forced(

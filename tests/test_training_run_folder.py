@@ -75,6 +75,18 @@ def test_another_recipe_cannot_resume_a_run(places, copy: Path) -> None:
     train_run(make_recipe(*places, "train.log_every=3"), copy, resume=True, evaluate=None)
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_keys_that_change_nothing_learnt_can_be_changed_on_resume_and_stay(
+    places, copy: Path, is_finished: bool
+) -> None:
+    if not is_finished:
+        shutil.rmtree(copy / "mixture")
+    changed = make_recipe(*places, "base.known_as=someone/tiny", "export.allow_lossy=true", "evaluate.limit=3")
+    assert train_run(changed, copy, resume=True, evaluate=None).recipe == changed
+    assert load_run(copy).recipe == changed
+    assert "../" in (copy / "recipe.yaml").read_text()
+
+
 def test_another_base_cannot_resume_or_open_a_run(places, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     recipe = make_recipe(base, places[1])

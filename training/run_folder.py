@@ -49,7 +49,7 @@ class RunFolder:
         return self.mixture.is_dir()
 
     def open(self, recipe: Recipe, *, resume: bool) -> Literal["new", "resumed", "finished"]:
-        """Take the folder for a run of `recipe`.
+        """Take the folder for a run of `recipe`; its file is kept up to date where keys may differ on resume.
 
         Raises:
             RunError: it holds another run, or this one and `resume` was not asked for, or files of something else.
@@ -58,14 +58,17 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             remove_partials(self.path)
             if not any(self.path.iterdir()):
-                write_text(self.recipe_file, dump_recipe(recipe, self.path.absolute()))
+                self._write_recipe(recipe)
                 return "new"
         if not self.recipe_file.is_file():
             raise RunError(f"{self.path}: not empty and not a run folder (no recipe.yaml); name another folder")
         if not resume:
             state = "a finished run" if self.is_finished else "an unfinished run"
             raise RunError(f"{self.path}: holds {state}; resume it (--resume) or name another folder")
-        self._refuse_other_recipe(recipe)
+        if recipe != self.read_recipe():
+            self._refuse_other_recipe(recipe)
+            with writing(self.recipe_file):
+                self._write_recipe(recipe)
         return "finished" if self.is_finished else "resumed"
 
     def read_recipe(self) -> Recipe:
@@ -174,6 +177,9 @@ class RunFolder:
             raise RunError(f"{self.path}: the run is not finished (no mixture folder); resume it first")
         verify_manifest(self.mixture)
         return self.mixture
+
+    def _write_recipe(self, recipe: Recipe) -> None:
+        write_text(self.recipe_file, dump_recipe(recipe, self.path.absolute()))
 
     def _refuse_other_recipe(self, recipe: Recipe) -> None:
         mine, given = _flat(to_data(self.read_recipe())), _flat(to_data(recipe))
