@@ -199,6 +199,17 @@ def test_a_job_without_a_public_base_exports_nothing_until_it_is_resumed_with_on
     assert identity_of(load_run(tmp_path / "run")).name == "someone/tiny"
 
 
+@pytest.mark.parametrize("setting", ["train.start_from", "train.only_tasks"])
+def test_no_matched_lora_stands_beside_training_it_could_not_share(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    value = {"train.start_from": str(run), "train.only_tasks": "[home]"}[setting]
+    base, tasks = run.parent / "base", run.parent / "tasks" / "tasks.yaml"
+    recipe = make_recipe(base, tasks, f"{setting}={value}", "train.steps=4", "export.enabled=false")
+    assert train_job(recipe, tmp_path / "run").columns == ["base", "auto", "named"]
+    assert "no matched LoRA: it would not have had the same training" in capsys.readouterr().out
+
+
 def test_exports_that_would_lose_too_much_are_told_and_can_be_forced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

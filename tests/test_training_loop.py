@@ -1,6 +1,7 @@
 """The loop: the same result however a batch is divided, stages, best weights, and stopping when the loss is lost."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +180,31 @@ def test_a_task_can_be_added_later(places, tmp_path: Path) -> None:
         run_of(wider, tmp_path / "wider")
     with pytest.raises(RunError, match="holds no loramux mixture"):
         run_of(recipe("sound", "colour", start_from=tmp_path), tmp_path / "nothing")
+
+
+def test_earlier_experts_must_be_whole_and_of_the_same_method_and_base(places, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    run_of(make_recipe(base, places[1]), tmp_path / "first")
+    again = make_recipe(base, places[1], f"train.start_from={tmp_path / 'first'}")
+    smora = replace(again, method=replace(again.method, name="smora", options={"rank": 8}))
+    with pytest.raises(RunError, match=r"mixture: trained with method 'moa', not 'smora'; .*\(train.start_from\)"):
+        run_of(smora, tmp_path / "method")
+    write_base(base, seed=5)
+    for start in ("first", "first/mixture"):
+        other = make_recipe(base, places[1], f"train.start_from={tmp_path / start}")
+        with pytest.raises(RunError, match=r"first: trained on another base model than .*its weights differ"):
+            run_of(other, tmp_path / "other" / start)
+    write_base(base)
+    shutil.copytree(tmp_path / "first" / "mixture", tmp_path / "alone")
+    for mixture, start in (("first/mixture", "first"), ("alone", "alone")):
+        file = tmp_path / mixture / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        damaged = make_recipe(base, places[1], f"train.start_from={tmp_path / start}")
+        with pytest.raises(RunError, match=rf"{mixture}/adapter_model.safetensors: its content was changed"):
+            run_of(damaged, tmp_path / "damaged" / start)
+    shutil.rmtree(tmp_path / "first" / "mixture")
+    with pytest.raises(RunError, match="first: the run is not finished"):
+        run_of(again, tmp_path / "unfinished")
 
 
 def test_only_tasks_needs_experts_that_belong_to_tasks(places, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..adapters import adapted_shapes, adapter_parameters, matched_lora_rank
 from ..support.console import say
 from ..support.errors import ConfigError
@@ -52,13 +50,16 @@ def train_job(recipe: Recipe, folder: Path, *, resume: bool = False) -> Results:
 def train_matched_lora(trained: TrainedRun) -> None:
     """Train the plain LoRA of equal parameter count beside a run, in its folder `baseline`.
 
-    A run that is that LoRA itself has none beside it.
+    A run that is that LoRA itself has none beside it, and neither has one whose training a LoRA could not share.
     """
-    recipe = matched_lora_recipe(trained.recipe, rank_of_matched_lora(trained))
-    if recipe.method.name != trained.recipe.method.name:
-        if PartialState().is_main_process:
-            say(f"the plain LoRA of equal size: rank {recipe.method.options['rank']}")
-        train_run(recipe, trained.folder.path / BASELINE, resume=True)
+    if trained.recipe.method.name == "lora":
+        return
+    if not trained.recipe.train.is_whole:
+        say("no matched LoRA: it would not have had the same training (train.start_from or train.only_tasks is set)")
+        return
+    rank = rank_of_matched_lora(trained)
+    say(f"the plain LoRA of equal size: rank {rank}")
+    train_run(matched_lora_recipe(trained.recipe, rank), trained.folder.path / BASELINE, resume=True)
 
 
 def rank_of_matched_lora(trained: TrainedRun) -> int:
@@ -72,7 +73,7 @@ def matched_lora_recipe(recipe: Recipe, rank: int) -> Recipe:
     return replace(
         recipe,
         method=MethodChoice(name="lora", options={"rank": rank}, target_modules=recipe.method.target_modules),
-        train=replace(recipe.train, learning_rate=recipe.baseline_rate, only_tasks=None, start_from=None),
+        train=replace(recipe.train, learning_rate=recipe.baseline_rate),
         baseline=BaselineConfig(enabled=False),
     )
 

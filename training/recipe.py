@@ -89,6 +89,11 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed (={self.seed}) must be in [0, 2**32)")
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every task is trained here, and from fresh weights."""
+        return self.start_from is None and self.only_tasks is None
+
 
 @config
 class BaselineConfig:

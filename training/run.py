@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .run_folder import RunFolder, base_fingerprint
 from .state import adapter_weights
 from .validation import validation
-from .warm_start import start_from
+from .warm_start import find_earlier, start_from
 
 T = TypeVar("T")
 
@@ -104,7 +104,9 @@ def build_model(base: Any, recipe: Recipe, task_names: Sequence[str]) -> PeftMod
 
     Raises:
         ConfigError: the method or its options are not valid, or `method.target_modules` matches nothing.
+        RunError: `train.start_from` holds nothing that fits.
     """
+    earlier = find_earlier(recipe, base)
     set_seed(recipe.train.seed)
     targets = recipe.method.target_modules
     config = LoramuxConfig(
@@ -122,8 +124,8 @@ def build_model(base: Any, recipe: Recipe, task_names: Sequence[str]) -> PeftMod
     except ValueError as error:
         raise ConfigError(f"method.target_modules (={targets!r}): {error}") from None
     config.base_model_name_or_path = _base_name(recipe)  # PEFT puts the path of this machine there
-    if recipe.train.start_from is not None:
-        start_from(model, Path(recipe.train.start_from))
+    if earlier is not None:
+        start_from(model, earlier)
     if recipe.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:

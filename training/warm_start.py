@@ -1,35 +1,63 @@
 """Starting from the experts of an earlier run: to re-train one task, or to add one, without touching the others."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters import LoramuxModel
 from ..support.errors import RunError
-from .checkpoint import load_tensors
+from .checkpoint import MANIFEST, load_tensors, verify_manifest
+from .recipe import Recipe
+from .run_folder import RunFolder, base_fingerprint
 from .state import check_fits
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """A mixture to start from: its folder and the tasks it was trained on, in its order."""
+
+    mixture: Path
+    tasks: list[str]
+
+
+def find_earlier(recipe: Recipe, base: nn.Module) -> Earlier | None:
+    """The mixture that `train.start_from` names, if it does.
+
+    Args:
+        base: the bare base, before any adapter is put on it.
+
+    Raises:
+        RunError: there is no whole mixture, or it is of another method or, where its run folder tells, on another base.
+    """
+    if recipe.train.start_from is None:
+        return None
+    mixture = _whole_mixture(Path(recipe.train.start_from), recipe.base.model, base)
+    method, tasks = _method_and_tasks(mixture)
+    if method != recipe.method.name:
+        raise RunError(
+            f"{mixture}: trained with method {method!r}, not {recipe.method.name!r}; give that method (method.name), "
+            "or start from another run (train.start_from)"
+        )
+    return Earlier(mixture, tasks)
+
+
 @torch.no_grad()
-def start_from(model: PeftModel, folder: Path) -> None:
+def start_from(model: PeftModel, earlier: Earlier) -> None:
     """Copy weights of an earlier mixture into a fresh model.
 
     Where both have the same tasks, every tensor is copied. Where the model has more tasks or another order, tensors
     that hold one row per task (experts, the router's classes) are copied row by row, by task name, and new tasks keep
     their fresh start.
 
-    Args:
-        folder: a run folder or a PEFT folder of the same method on the same base.
-
     Raises:
-        RunError: the folder holds no mixture, or one that does not fit the model.
+        RunError: the mixture does not fit the model.
     """
-    mixture = folder / "mixture" if (folder / "mixture").is_dir() else folder
-    tasks = _tasks_of(mixture)
+    mixture, tasks = earlier.mixture, earlier.tasks
     saved = load_tensors(mixture / "adapter_model.safetensors")
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     own = list(cast(LoramuxModel, model.base_model).tasks)
@@ -52,8 +80,20 @@ def _old_shape(tensor: Tensor, tasks: int, old_tasks: int) -> tuple[int, ...]:
     return (old_tasks, *shape[1:]) if shape and shape[0] == tasks else shape
 
 
-def _tasks_of(mixture: Path) -> list[str]:
+def _whole_mixture(folder: Path, name: str, base: nn.Module) -> Path:
+    """The mixture of a run folder, or a PEFT folder itself, checked as far as files beside it allow."""
+    run = RunFolder(folder.parent if folder.name == "mixture" else folder)
+    if run.recipe_file.is_file():
+        run.check_base(base_fingerprint(base), name)
+        return run.verify_mixture()
+    if (folder / MANIFEST).is_file():
+        verify_manifest(folder)
+    return folder
+
+
+def _method_and_tasks(mixture: Path) -> tuple[str, list[str]]:
     try:
-        return list(json.loads((mixture / "adapter_config.json").read_text(encoding="utf-8"))["tasks"])
+        config = json.loads((mixture / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(config["method"]), list(config["tasks"])
     except (OSError, ValueError, KeyError):
-        raise RunError(f"{mixture}: holds no loramux mixture (no adapter_config.json with tasks)") from None
+        raise RunError(f"{mixture}: holds no loramux mixture (no adapter_config.json with method and tasks)") from None
