@@ -8,7 +8,7 @@ about one example, and how many each had can be computed without walking there (
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
@@ -22,6 +22,7 @@ Batch = list[tuple[int, int]]
 # Shares are counted in whole units of 2**-40, so that who is due next never hangs on a rounding error.
 _UNITS = 1 << 40
 _PERMUTE, _SHUFFLE = 0, 1
+_MOST_MEASURED = 20_000
 
 
 @config
@@ -102,39 +103,17 @@ class Mixture:
         window, offset = divmod(step, self.window)
         return list(self._drawn(window)[offset])
 
-    def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """All batches from a step on, without end."""
-        step = start_step
-        while True:
-            yield self.batch(step)
-            step += 1
-
-    def part(self, step: int, index: int, count: int) -> Batch:
-        """One of `count` near-equal slices of a step's batch; together they are exactly that batch, in order.
+    def padding_waste(self, parts: int = 1) -> float:
+        """The share of padding among all positions, over the first steps (an epoch, at most about 20,000 examples).
 
         Args:
-            index: of this process (or process and accumulation step), 0 .. count - 1.
+            parts: micro-batches of a step, over all processes; each is padded to its own longest example.
         """
-        batch = self.batch(step)
-        return batch[len(batch) * index // count : len(batch) * (index + 1) // count]
-
-    def counts(self, step: int) -> dict[str, int]:
-        """How many examples of every task the steps before this one drew."""
-        start = step // self.window * self.window
-        counts = _counts(self._units, start * self.batch_size)
-        for earlier in range(start, step):
-            for task, _ in self.batch(earlier):
-                counts[task] += 1
-        return dict(zip(self.names, counts, strict=True))
-
-    def padding_waste(self, steps: int | None = None) -> float:
-        """The share of padding among all positions, over the first steps (default: an epoch, at most 200 steps)."""
-        steps = steps or min(self.steps_per_epoch, 200)
         used = padded = 0
-        for step in range(steps):
-            lengths = [self.lengths[task][example] for task, example in self.batch(step)]
-            used += int(sum(lengths))
-            padded += int(max(lengths)) * len(lengths)
+        for step in range(min(self.steps_per_epoch, 1 + _MOST_MEASURED // self.batch_size)):
+            lengths = [int(self.lengths[task][example]) for task, example in self.batch(step)]
+            used += sum(lengths)
+            padded += sum(max(piece) * len(piece) for part in range(parts) if (piece := lengths[part::parts]))
         return 1 - used / padded
 
     def _window_steps(self) -> int:

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, N answer tokens, K tasks.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ class MixtureBatches:
     @property
     def names(self) -> list[str]:
         return [task.name for task in self.tasks]
+
+    @cached_property
+    def padding_waste(self) -> float:
+        """The share of padding among all positions that are computed."""
+        return self.mixture.padding_waste(self.processes * self.parts)
 
     def global_batch(self, step: int, *, experts_only: bool = False) -> list[Row]:
         """(task, example) of every row of a step; `experts_only` leaves out tasks whose experts are held still."""
