@@ -15,13 +15,13 @@ def write_card(
 
     Args:
         report: an `ExportReport` as data.
-        facts: `description`, `examples` (rows of `input` and `target`), `scores` (name to number), `base_note` (where
-            to get an unusual base) and `recipe` (text).
+        facts: `description`, `examples` (rows of `input` and `target`), `scores` (name to number) and the `split` they
+            are of, `base_note` (where to get an unusual base) and `recipe` (text).
     """
     sections = [
         f"# {report['task']}\n\n{facts.get('description') or 'A task adapter.'}",
         _examples(facts.get("examples", ())),
-        _scores(facts.get("scores", {})),
+        _scores(facts.get("scores", {}), facts.get("split", "test")),
         _fidelity(report),
         _loading(base, revision, facts.get("base_note", "")),
     ]
@@ -50,11 +50,11 @@ def _examples(examples: Any) -> str:
     return f"| input | answer |\n|---|---|\n{rows}"
 
 
-def _scores(scores: Mapping[str, float]) -> str:
+def _scores(scores: Mapping[str, float], split: str) -> str:
     if not scores:
         return ""
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in scores.items())
-    return f"## Scores\n\n| system | test metric |\n|---|---|\n{rows}"
+    return f"## Scores\n\n| system | {split} metric |\n|---|---|\n{rows}"
 
 
 def _fidelity(report: Mapping[str, Any]) -> str:

@@ -70,6 +70,10 @@ class EncodedTask:
         """Tokens of every training example."""
         return tuple(len(encoded.input_ids) for encoded in self.splits["train"])
 
+    def split_used(self, wanted: str) -> str:
+        """`wanted`, or `validation` where the source has no such split."""
+        return wanted if wanted in self.splits else "validation"
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should be told: how the splits came about, and which examples were left out."""

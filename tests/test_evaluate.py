@@ -215,6 +215,7 @@ def test_a_task_without_a_test_split_is_scored_on_its_validation_examples(encode
         task.task, {k: v for k, v in task.splits.items() if k != "test"}, task.examples, task.too_long, task.stop_ids
     )
     assert questions(without, "test", None) == questions(task, "validation", None)
+    assert (without.split_used("test"), task.split_used("test")) == ("validation", "test")
 
 
 def test_naming_the_task_and_leaving_it_to_the_router_are_different_questions(

@@ -176,6 +176,7 @@ def test_the_card_has_valid_metadata_and_the_measured_figures(tmp_path):
         "description": "Says who did it.",
         "examples": [{"input": "Mia | hid the cup.", "target": "Mia"}],
         "scores": {"base": 0.1, "exported": 0.9},
+        "split": "validation",
         "recipe": "method: {name: moa}",
     }
     export_task(trained("moa"), "who", tmp_path, base=BASE, calibration=[], held_out=batches(1), card=facts)
@@ -185,6 +186,7 @@ def test_the_card_has_valid_metadata_and_the_measured_figures(tmp_path):
     for text in (
         "Says who did it.",
         r"Mia \| hid the cup.",
+        "| system | validation metric |",
         "| exported | 0.900 |",
         "same most likely token",
         "vllm serve",

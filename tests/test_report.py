@@ -13,7 +13,7 @@ from loramux.support.errors import ConfigError, RunError
 from loramux.training.assess import MARKDOWN, draw_report, encode_tasks, read_results
 from loramux.training.exports import export_run, identity_of
 from loramux.training.main_job import evaluate_job, matched_lora_recipe, new_run_folder, train_job
-from loramux.training.report import Results, TaskInfo, gain, header, markdown_table, percent, rows, to_markdown
+from loramux.training.report import Results, TaskInfo, gain, header, markdown_table, percent, rows, show, to_markdown
 from loramux.training.run import load_run
 
 PICTURES = ["losses.png", "routing.png", "scores.png"]
@@ -79,6 +79,15 @@ def test_markdown_tables_line_up_and_escape_what_would_break_them() -> None:
     assert "- options: rank=4" in text
 
 
+def test_the_caption_names_the_tasks_that_were_scored_on_another_split(capsys: pytest.CaptureFixture[str]) -> None:
+    results = some_results(named={"who": 0.9, "where": 0.5})
+    assert "on the test split, in per cent" in to_markdown(results)
+    some = replace(results, run={**results.run, "split_per_task": {"who": "test", "where": "validation"}})
+    assert "on the test split (validation for: where), in per cent" in to_markdown(some)
+    show(some)
+    assert "on the test split (validation for: where)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_new_runs_never_take_a_used_folder(tmp_path: Path) -> None:
     assert new_run_folder("moa", tmp_path) == tmp_path / "moa"
     (tmp_path / "moa").mkdir()
@@ -113,6 +122,7 @@ def test_the_main_job_scores_everything_there_is_to_compare(run: Path) -> None:
     assert [task.name for task in results.tasks] == ["colour", "sound", "home"]
     assert results.run["base"] == "someone/tiny"
     assert results.run["examples_per_task"] == {"colour": 6, "home": 6, "sound": 6}
+    assert results.run["split_per_task"] == dict.fromkeys(("colour", "sound", "home"), "test")
     assert results.run["matched_lora"]["rank"] == 6  # three experts of rank 2
     assert all(results.routing_accuracy(task) is not None for task in results.tasks)
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..adapters import adapter_parameters
 from ..bases import load_base
 from ..routing import Granularity
+from ..support.config import to_data
 from ..support.errors import RunError
 from ..support.files import write_json, write_text
 from ..tasks import EncodedTask, encode_task
@@ -120,6 +121,8 @@ def results_of(
         "steps": recipe.train.steps,
         "batch_size": recipe.train.batch_size,
         "learning_rate": recipe.train.learning_rate,
+        "evaluate": to_data(config),
+        "split_per_task": {task.name: task.split_used(config.split) for task in tasks},
         "seed": recipe.train.seed,
         "split": config.split,
         "examples_per_task": {task.name: int(_any(scores)[task.name]["examples"]) for task in tasks},

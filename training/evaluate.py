@@ -222,8 +222,8 @@ class _Exam:
 
 
 def questions(task: EncodedTask, split: str, limit: int | None) -> list[Question]:
-    """The examples of a split (validation where there is no such split); `limit` draws the same ones every time."""
-    split = split if split in task.splits else "validation"
+    """The examples of a split (see `EncodedTask.split_used`); `limit` draws the same ones every time."""
+    split = task.split_used(split)
     pairs = zip(task.examples[split], task.splits[split], strict=True)
     found = [Question(index, example, encoded) for index, (example, encoded) in enumerate(pairs)]
     if limit is None or limit >= len(found):

@@ -164,14 +164,12 @@ def _scorer(run: TrainedRun, task: EncodedTask) -> Callable[[], float] | None:
 
 
 def _card(run: TrainedRun, task: EncodedTask, base: BaseIdentity, scores: Mapping[str, float]) -> dict[str, Any]:
-    split = task.task.test_split
-    examples = [
-        {"input": example.prompt.strip(), "target": example.target} for example in task.examples[split][:_CARD_EXAMPLES]
-    ]
+    shown = task.examples[task.split_used("test")][:_CARD_EXAMPLES]
     return {
         "description": task.task.config.description,
-        "examples": examples,
+        "examples": [{"input": example.prompt.strip(), "target": example.target} for example in shown],
         "scores": dict(scores),
+        "split": task.split_used(run.recipe.evaluate.split),
         "base_note": _BUNDLED_NOTE if run.recipe.base.model == BUNDLED else "",
         "recipe": public_recipe(run.recipe, base),
     }

@@ -152,6 +152,13 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))
 
 
+def describe_split(results: Results) -> str:
+    """The split that was scored, and the tasks without it, of which the validation examples were."""
+    wanted = results.run.get("split", "test")
+    without = [task for task, used in results.run.get("split_per_task", {}).items() if used != wanted]
+    return f"{wanted} split" + (f" (validation for: {', '.join(without)})" if without else "")
+
+
 def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.1f}"
 
@@ -198,10 +205,9 @@ def _shows_routing(results: Results) -> bool:
 
 
 def _caption(results: Results) -> str:
-    split = results.run.get("split", "test")
     main = results.main_column
     used = f"; gains are of '{COLUMNS[main]}'" if main and _compared(results) else ""
-    return f"main metric per task on the {split} split, in per cent{used}"
+    return f"main metric per task on the {describe_split(results)}, in per cent{used}"
 
 
 def _export_table(results: Results) -> tuple[list[str], list[list[str]]]:
