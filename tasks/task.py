@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..support.config import parse
@@ -46,10 +48,19 @@ class Task:
         """Whether answers are chosen from given choices rather than written freely."""
         return self.splits["train"][0].choices is not None
 
-    @property
-    def test_split(self) -> str:
-        """The split that final evaluation uses: `test`, or `validation` when the source has no test."""
-        return "test" if "test" in self.splits else "validation"
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what training depends on: training and validation examples and how both are written and judged.
+
+        Test examples do not count: a finished run may be measured on more of them.
+        """
+        settings = (self.name, self.config.chat_template, self.config.max_new_tokens, self.metrics[0])
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for split in ("train", "validation"):
+            for example in self.splits[split]:
+                turns = [(turn.role, turn.text, turn.trained) for turn in example.turns]
+                digest.update(json.dumps((split, turns, example.target, example.choices)).encode())
+        return digest.hexdigest()
 
     @classmethod
     def from_config(cls, config: TaskConfig) -> "Task":

@@ -251,3 +251,20 @@ def test_the_report_names_what_was_not_exported_and_why() -> None:
     text = to_markdown(replace(results, exports=exports))
     assert "Not exported: task 'where': lost too much." in text
     assert "| who   | exact |    8 |" in text
+
+
+def test_padding_and_tasks_without_a_test_split_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tasks = write_base(tmp_path / "base"), write_tasks(tmp_path / "tasks")
+    (tmp_path / "tasks" / "home" / "test.jsonl").unlink()
+    settings = ["mixture.bucket_by_length=false", "base.known_as=someone/tiny", "baseline.enabled=false"]
+    results = train_job(make_recipe(base, tasks, "method.name=moa", *settings), tmp_path / "run")
+    waste = results.run["padding_waste"]
+    assert 0.1 < waste < 0.5  # prompts of 4 and of 8 words
+    assert f"padding: {waste:.0%} of positions" in capsys.readouterr().out
+    assert results.run["split_per_task"] == {"colour": "test", "sound": "test", "home": "validation"}
+    text = (tmp_path / "run" / MARKDOWN).read_text()
+    assert f"- padding waste: {waste:.4g}" in text
+    assert "on the test split (validation for: home)" in text
+    cards = {name: (tmp_path / "run" / "exports" / name / "README.md").read_text() for name in ("home", "sound")}
+    assert "| system | validation metric |" in cards["home"]
+    assert "| system | test metric |" in cards["sound"]

@@ -303,10 +303,27 @@ class TestSplits:
         assert limited.splits["validation"] == task.splits["validation"]
         assert len(limited.splits["train"]) == 5
 
-    def test_without_a_test_split_validation_is_used_and_said(self) -> None:
+    def test_without_a_test_split_it_is_said_that_validation_is_used(self) -> None:
         task = Task.from_rows("t", {"train": self.rows(), "validation": self.rows(5)})
-        assert task.test_split == "validation"
         assert task.notes == ("no test split: final figures are on the validation examples",)
+
+    def test_a_fingerprint_tells_what_is_trained_on_and_not_where_it_lies(self, tmp_path: Path) -> None:
+        rows = {split: self.rows(count) for split, count in (("train", 9), ("validation", 5), ("test", 5))}
+        given = Task.from_rows("t", rows)
+        for split, items in rows.items():
+            write_lines(tmp_path / f"{split}.jsonl", items)
+        (read,) = load_tasks([{"name": "t", "source": {"path": str(tmp_path)}}])
+        assert read.fingerprint == given.fingerprint
+        assert Task.from_rows("t", {**rows, "test": self.rows(3)}).fingerprint == given.fingerprint
+        others = [
+            Task.from_rows("u", rows),
+            *(Task.from_rows("t", {**rows, split: rows[split][::-1]}) for split in ("train", "validation")),
+            Task.from_rows("t", rows, prompt="{input}!", target="{target}"),
+            Task.from_rows("t", rows, choices=[f"a{i}" for i in range(9)]),
+            Task.from_rows("t", rows, train_on="all"),
+            Task.from_rows("t", rows, chat_template=False),
+        ]
+        assert len({task.fingerprint for task in (given, *others)}) == 1 + len(others)
 
     def test_a_limit_takes_the_same_rows_each_time_and_from_all_over(self) -> None:
         rows = [{"text": f"t{i}", "label": "ab"[i >= 50]} for i in range(100)]

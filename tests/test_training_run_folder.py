@@ -87,6 +87,46 @@ def test_keys_that_change_nothing_learnt_can_be_changed_on_resume_and_stay(
     assert "../" in (copy / "recipe.yaml").read_text()
 
 
+def test_other_training_data_cannot_resume_a_run_and_more_test_data_can(places, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    recipe = make_recipe(places[0], tasks)
+    train_run(recipe, tmp_path / "run", evaluate=None)
+    shutil.rmtree(tmp_path / "run" / "mixture")
+    row = json.dumps({"prompt": "home of the cat", "completion": "sea"}) + "\n"
+    with (tasks.parent / "home" / "test.jsonl").open("a") as file:
+        file.write(row)
+    train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
+    for split in ("train", "validation"):
+        file = tasks.parent / "home" / f"{split}.jsonl"
+        before = file.read_text()
+        file.write_text(before + row)
+        load_run(tmp_path / "run")  # a finished run may be looked at with any data
+        shutil.move(tmp_path / "run" / "mixture", tmp_path / "mixture")
+        with pytest.raises(RunError, match=r"begun on other tasks \(home changed\); give it the training and"):
+            train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
+        shutil.move(tmp_path / "mixture", tmp_path / "run" / "mixture")
+        file.write_text(before)
+
+
+def test_tasks_that_came_went_or_moved_cannot_resume_a_run(places, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    listed = tasks.read_text()
+    recipe = make_recipe(places[0], tasks)
+    train_run(recipe, tmp_path / "run", evaluate=None)
+    shutil.rmtree(tmp_path / "run" / "mixture")
+    home = "  - {name: home, source: {path: home}}\n"
+    for changed, message in (
+        (listed.replace("name: home", "name: house"), "home is gone, house is new"),
+        (listed.replace(home, "").replace("tasks:\n", f"tasks:\n{home}"), "in another order"),
+        (listed.replace("max_new_tokens: 2", "max_new_tokens: 3"), "colour changed, sound changed, home changed"),
+    ):
+        tasks.write_text(changed)
+        with pytest.raises(RunError, match=rf"begun on other tasks \({message}\)"):
+            train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
+    tasks.write_text(listed)
+    train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
+
+
 def test_another_base_cannot_resume_or_open_a_run(places, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     recipe = make_recipe(base, places[1])
@@ -168,6 +208,7 @@ def test_a_line_of_the_metrics_that_cannot_be_read_is_named(copy: Path) -> None:
 
 def test_a_last_line_torn_by_a_kill_is_left_out(copy: Path) -> None:
     whole = RunFolder(copy).metrics()
+    assert list(noted["tasks"]) == ["colour", "sound", "home"]
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "tr')
     assert RunFolder(copy).metrics() == whole

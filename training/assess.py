@@ -12,13 +12,13 @@ from ..routing import Granularity
 from ..support.config import to_data
 from ..support.errors import RunError
 from ..support.files import write_json, write_text
-from ..tasks import EncodedTask, encode_task
+from ..tasks import EncodedTask
 from .evaluate import Prediction, Routing, Scores, evaluate_tasks, hub_of
 from .exports import EXPORTS, REFUSED, evaluate_exports
 from .plots import plot_curves, plot_scores, plot_usage
 from .recipe import EvaluateConfig
 from .report import Results, TaskInfo, to_markdown
-from .run import TrainedRun, load_run
+from .run import TrainedRun, encode_all, load_run
 from .run_folder import RunFolder
 from .usage import routing_usage
 
@@ -29,10 +29,8 @@ Answers = dict[str, list[Prediction]]
 
 
 def encode_tasks(run: TrainedRun) -> list[EncodedTask]:
-    """The tasks of a run for its tokenizer and its model's length."""
-    config = run.model.get_base_model().config
-    max_length = run.recipe.train.max_length or getattr(config, "max_position_embeddings", None) or 1024
-    return [encode_task(task, run.tokenizer, max_length=max_length) for task in run.tasks]
+    """The tasks of a run as it was trained on them."""
+    return encode_all(run.tasks, run.recipe, run.tokenizer, run.model)
 
 
 def measure_columns(
@@ -85,7 +83,7 @@ def columns_of(run: TrainedRun) -> dict[str, Routing]:
 def measure_exports(
     run: TrainedRun, tasks: Sequence[EncodedTask], config: EvaluateConfig, answers: Answers
 ) -> Scores | None:
-    """Score the exports in the run folder with stock PEFT; None unless every task was exported."""
+    """Score the exports in the run folder with stock PEFT; None where there are none."""
     folder = run.folder.path / EXPORTS
     base, _ = load_base(run.recipe.base.model, dtype=run.recipe.base.dtype, revision=run.recipe.base.revision)
     answers["exported"] = []
@@ -121,12 +119,14 @@ def results_of(
         "steps": recipe.train.steps,
         "batch_size": recipe.train.batch_size,
         "learning_rate": recipe.train.learning_rate,
-        "evaluate": to_data(config),
-        "split_per_task": {task.name: task.split_used(config.split) for task in tasks},
         "seed": recipe.train.seed,
         "split": config.split,
+        "evaluate": to_data(config),
+        "split_per_task": {task.name: task.split_used(config.split) for task in tasks},
         "examples_per_task": {task.name: int(_any(scores)[task.name]["examples"]) for task in tasks},
     }
+    if (waste := run.folder.environment().get("padding_waste")) is not None:
+        facts["padding_waste"] = waste
     baseline = RunFolder(run.folder.path / BASELINE)
     if baseline.is_finished:
         other = baseline.read_recipe()

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters import LoramuxConfig
@@ -15,6 +16,7 @@ from ..bases import base_identity, load_base
 from ..support.console import say
 from ..support.errors import ConfigError, LoramuxError, did_you_mean
 from ..tasks import EncodedTask, Mixture, Task, encode_task, load_tasks
+from .answers import positions_of
 from .batches import MixtureBatches
 from .distributed import from_main, make_accelerator
 from .loop import Evaluate, Trainer
@@ -25,6 +27,7 @@ from .validation import validation
 from .warm_start import find_earlier, start_from
 
 T = TypeVar("T")
+_LONGEST = 1024  # tokens, where neither the recipe nor the model's config sets a limit
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,13 @@ def train_run(
         say(f"{run.path}: this run is finished")
         return load_run(run.path)
     base, tokenizer = load_base(recipe.base.model, dtype=recipe.base.dtype, revision=recipe.base.revision)
-    on_main(accelerator, lambda: run.note_environment(base, recipe, accelerator.num_processes))
+    fingerprint = base_fingerprint(base)
     tasks = load_tasks(recipe.tasks)
     model = build_model(base, recipe, [task.name for task in tasks])
     batches = build_batches(recipe, tasks, tokenizer, base, accelerator)
+    on_main(accelerator, lambda: run.note_environment(fingerprint, recipe, batches))
+    how = "length-bucketed batches" if recipe.mixture.bucket_by_length else "mixture.bucket_by_length would lower it"
+    say(f"padding: {batches.padding_waste:.0%} of positions ({how})")
     if evaluate == "validation":
         evaluate = validation(tokenizer, batches.tasks, recipe.evaluate)
     _start_trackers(accelerator, recipe)
@@ -137,8 +143,7 @@ def build_batches(
     recipe: Recipe, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, base: Any, accelerator: Accelerator
 ) -> MixtureBatches:
     """Encode the tasks and order them; what is too long for the model is counted and told."""
-    max_length = recipe.train.max_length or getattr(base.config, "max_position_embeddings", None) or 1024
-    encoded = [encode_task(task, tokenizer, max_length=max_length) for task in tasks]
+    encoded = encode_all(tasks, recipe, tokenizer, base)
     for task in encoded:
         for note in task.notes:
             say(f"{task.name}: {note}")
@@ -151,6 +156,14 @@ def build_batches(
         parts=recipe.train.accumulation,
         only=_only(recipe, encoded),
     )
+
+
+def encode_all(
+    tasks: Sequence[Task], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: nn.Module
+) -> list[EncodedTask]:
+    """The tasks as token ids, without what is longer than the recipe allows, or else than the model takes."""
+    max_length = recipe.train.max_length or positions_of(model) or _LONGEST
+    return [encode_task(task, tokenizer, max_length=max_length) for task in tasks]
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:

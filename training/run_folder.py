@@ -1,7 +1,7 @@
 """What a run leaves behind, and what tells one run from another.
 
 recipe.yaml        the recipe as resolved
-environment.json   versions, seed, revision, machine; the fingerprint of the base
+environment.json   versions, seed, revision, machine; the fingerprints of the base and of every task
 metrics.jsonl      one line per log entry
 checkpoints/       for exact resume
 mixture/           the result: a PEFT folder with a manifest; it exists once the run is finished
@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ..support.config import load_yaml, parse, to_data
 from ..support.errors import RunError
 from ..support.files import atomic_folder, remove_partials, write_json, write_text
+from ..tasks import Task
+from .batches import MixtureBatches
 from .checkpoint import check_tensors, verify_manifest, write_manifest, writing
 from .recipe import Recipe, dump_recipe, resolve_paths
 from .state import peft_names
@@ -82,19 +84,25 @@ class RunFolder:
         data = resolve_paths(load_yaml(self.recipe_file), self.path.absolute())
         return parse(Recipe, data, where=str(self.recipe_file))
 
-    def note_environment(self, model: nn.Module, recipe: Recipe, processes: int) -> None:
-        """Write versions, seed, revision, machine and the base's fingerprint; on resume, check the latter.
+    def note_environment(self, fingerprint: str, recipe: Recipe, batches: MixtureBatches) -> None:
+        """Write what a run was made with and on; on resume, check the base and the tasks first.
+
+        Args:
+            fingerprint: of the bare base, see `base_fingerprint`.
 
         Raises:
-            RunError: the folder belongs to another base model.
+            RunError: the run in this folder was begun with another base model or on other tasks.
         """
-        fingerprint = base_fingerprint(model)
+        tasks = [task.task for task in batches.tasks]
         self.check_base(fingerprint, recipe.base.model)
+        self.check_tasks(tasks)
         machine = {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(), **_devices()}
         environment = {
             "base_fingerprint": fingerprint,
+            "tasks": _fingerprints(tasks),
+            "padding_waste": batches.padding_waste,
             "seed": recipe.train.seed,
-            "processes": processes,
+            "processes": batches.processes,
             "git_revision": _git_revision(),
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in _PACKAGES},
@@ -102,15 +110,31 @@ class RunFolder:
         }
         write_json(self.environment_file, environment)
 
+    def environment(self) -> dict[str, Any]:
+        """What was noted; nothing before training starts."""
+        if not self.environment_file.is_file():
+            return {}
+        found: dict[str, Any] = json.loads(self.environment_file.read_text(encoding="utf-8"))
+        return found
+
     def check_base(self, fingerprint: str, name: str) -> None:
         """Raise RunError when this run was trained on other base weights than those with `fingerprint`."""
-        if not self.environment_file.is_file():
-            return
-        noted = json.loads(self.environment_file.read_text(encoding="utf-8")).get("base_fingerprint")
-        if noted != fingerprint:
+        if self.environment().get("base_fingerprint", fingerprint) != fingerprint:
             raise RunError(
                 f"{self.path}: trained on another base model than {name!r} as it is now (its weights differ); "
                 "give the base it was trained on (base.model, base.revision, base.dtype), or name another folder"
+            )
+
+    def check_tasks(self, tasks: Sequence[Task]) -> None:
+        """Raise RunError when this run was begun on other training or validation examples than `tasks` have."""
+        given = _fingerprints(tasks)
+        noted = self.environment().get("tasks", given)
+        if list(noted.items()) != list(given.items()):
+            differing = [name for name in {**noted, **given} if noted.get(name) != given.get(name)]
+            told = ", ".join(f"{name} {_change(name, noted, given)}" for name in differing)
+            raise RunError(
+                f"{self.path}: begun on other tasks ({told or 'in another order'}); give it the training and "
+                "validation examples and the settings it was begun with, or name another folder"
             )
 
     # ------------------------------------------------------------------ metrics
@@ -200,6 +224,16 @@ def base_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(ends.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _fingerprints(tasks: Sequence[Task]) -> dict[str, str]:
+    return {task.name: task.fingerprint for task in tasks}
+
+
+def _change(name: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    if name not in before:
+        return "is new"
+    return "changed" if name in now else "is gone"
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
