@@ -125,7 +125,11 @@ def _add_compare(commands: Commands) -> None:
         help="tried for every method with the first seed; the best on validation is taken (default: the recipe's)",
     )
     parser.add_argument(
-        "--method-option", action="append", default=[], metavar="METHOD.KEY=VALUE", help="an option of one method"
+        "--method-option",
+        action="append",
+        default=[],
+        metavar="METHOD.KEY=VALUE",
+        help="an option of one method (may be repeated; the recipe's own method has the recipe's options)",
     )
     parser.add_argument("--report-only", action="store_true", help="only draw the table and pictures anew")
 

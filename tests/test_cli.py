@@ -146,6 +146,8 @@ def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture
         (["export", "{run}", "--task", "soud", "--to", "{tmp}/e"], "no task 'soud'; did you mean 'sound'?"),
         (["compare", "--to", "{tmp}/c"], "--methods: name at least one"),
         (["compare", "--to", "{tmp}/c", "--report-only"], "no comparison.json there"),
+        (["compare", "--to", "{tmp}/c", "--methods", "moa", "--seeds", "-1"], "seed (=-1) must be in [0, 2**32)"),
+        (["compare", "--to", "{tmp}/c", "--methods", "moa", "--learning-rates", "1e-3,0"], "(=0.0) must be above 0"),
         (
             ["compare", "--to", "{tmp}/c", "--methods", "moa", "--method-option", "rank=2"],
             "write it as METHOD.KEY=VALUE",

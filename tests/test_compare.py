@@ -13,10 +13,11 @@ from loramux.bases import load_base
 from loramux.support.errors import ConfigError, RunError
 from loramux.training.compare import compare_methods, make_plan
 from loramux.training.comparison import Comparison, draw_comparison, spread, summary_table, task_table
-from loramux.training.recipe import Recipe
+from loramux.training.recipe import BaselineConfig, Recipe
 from loramux.training.run import build_model
 
 OPTIONS = {"moa": {"rank": 2}, "smora": {"rank": 8, "top_k": 2}}
+OPTIONS_OF_MOA = {"moa": OPTIONS["moa"]}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,31 @@ def test_every_method_meets_the_plain_lora_of_its_own_size(recipe: Recipe) -> No
             lora = by_label[contender.matched].parameters
             per_rank = lora // contender.matched_rank
             assert abs(lora - contender.parameters) <= per_rank / 2
-    assert made.learning_rates == (recipe.train.learning_rate,)
+    assert made.learning_rates == dict.fromkeys(by_label, (recipe.train.learning_rate,))
+
+
+def test_plain_loras_take_the_baselines_own_rate_unless_rates_are_tried(recipe: Recipe) -> None:
+    recipe = replace(recipe, baseline=BaselineConfig(learning_rate=0.5))
+    made = make_plan(recipe, methods=["moa"], seeds=[0], learning_rates=[], options=OPTIONS_OF_MOA)
+    assert made.learning_rates == {"lora r6": (0.5,), "moa": (recipe.train.learning_rate,)}
+    made = make_plan(recipe, methods=["moa"], seeds=[0], learning_rates=[0.1, 0.2], options=OPTIONS_OF_MOA)
+    assert made.learning_rates == {"lora r6": (0.1, 0.2), "moa": (0.1, 0.2)}
+
+
+def test_the_recipes_options_are_the_defaults_of_its_own_method(recipe: Recipe) -> None:
+    own = replace(recipe, method=replace(recipe.method, name="moa", options={"rank": 3, "dropout": 0.1}))
+    made = make_plan(own, methods=["moa", "molora"], seeds=[0], learning_rates=[], options={"moa": {"rank": 2}})
+    chosen = {contender.label: contender.options for contender in made.contenders}
+    assert (chosen["moa"], chosen["molora"]) == ({"rank": 2, "dropout": 0.1}, {})
+
+
+def test_a_plain_lora_with_options_of_its_own_stands_beside_the_matched_one(recipe: Recipe) -> None:
+    options = {**OPTIONS_OF_MOA, "lora": {"rank": 6, "alpha": 12, "dropout": 0.0}}
+    made = make_plan(recipe, methods=["lora", "moa"], seeds=[0], learning_rates=[], options=options)
+    chosen = {contender.label: contender.options for contender in made.contenders}
+    assert chosen["lora r6"] == {"rank": 6}
+    assert chosen["lora r6 alpha 12"] == {"rank": 6, "alpha": 12}
+    assert len(chosen) == 3
 
 
 def test_sizes_are_those_of_the_built_model(recipe: Recipe) -> None:
@@ -70,6 +95,13 @@ def test_sizes_are_those_of_the_built_model(recipe: Recipe) -> None:
         ({"methods": ["smroa"]}, "unknown method 'smroa'; did you mean 'smora'?"),
         ({"options": {"smora": {}}}, "options for 'smora', which is not among the methods: moa"),
         ({"options": {"moa": {"rnak": 2}}}, "unknown option 'rnak'; did you mean 'rank'?"),
+        ({"methods": ["lora"], "options": {"lora": {"alhpa": 2}}}, "'lora': unknown option 'alhpa'; did you mean 'alp"),
+        ({"methods": ["lora"], "options": {"lora": {"rank": 0}}}, "method 'lora': rank: .*greater than 0"),
+        ({"seeds": [0, -1]}, r"seeds: seed \(=-1\) must be in \[0, 2\*\*32\)"),
+        ({"learning_rates": [0.1, 0.0]}, r"learning rates: learning_rate \(=0.0\) must be above 0 and finite"),
+        ({"learning_rates": [-0.1]}, r"learning_rate \(=-0.1\) must be above 0 and finite"),
+        ({"learning_rates": [float("nan")]}, r"learning_rate \(=nan\) must be above 0 and finite"),
+        ({"learning_rates": [0.1, 0.1]}, "learning rates: 0.1, 0.1 names one twice"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_before_anything_runs(
@@ -78,6 +110,13 @@ def test_a_plan_that_makes_no_sense_is_refused_before_anything_runs(
     settings = {"methods": ["moa"], "seeds": [0], "learning_rates": [], "options": {}, **changes}
     with pytest.raises(ConfigError, match=message):
         make_plan(recipe, **settings)
+
+
+@pytest.mark.parametrize("setting", ["train.start_from=runs/moa", "train.only_tasks=[home]"])
+def test_methods_that_would_not_train_alike_are_not_compared(recipe: Recipe, setting: str) -> None:
+    partly = make_recipe(Path(recipe.base.model), Path(str(recipe.tasks)), setting)
+    with pytest.raises(ConfigError, match=r"train.start_from, train.only_tasks: every method is trained in full"):
+        make_plan(partly, methods=["moa"], seeds=[0], learning_rates=[], options={})
 
 
 def test_every_contender_gets_its_own_learning_rate_by_validation(compared: Path) -> None:
@@ -115,6 +154,47 @@ def test_a_second_call_runs_nothing_again(recipe: Recipe, compared: Path, capsys
     )
     assert "run 1 of" not in capsys.readouterr().out
     assert (compared / "comparison.md").read_text() == table
+
+
+@pytest.fixture
+def copy(compared: Path) -> Path:
+    """Beside the original, so that relative paths in its recipes still hold."""
+    folder = compared.parent / "copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(compared, folder, ignore=shutil.ignore_patterns("checkpoints"))
+
+
+def test_only_weights_that_can_be_kept_count_when_a_rate_is_chosen(recipe: Recipe, copy: Path) -> None:
+    """A run of moa keeps the best weights of its last stage, here of its last step."""
+    before = Comparison.load(copy).chosen
+    for file in (copy / "runs" / "moa").glob("lr-1e-05-*/metrics.jsonl"):
+        file.write_text('{"step": 3, "eval/metric": 2.0}\n' + file.read_text())
+    compare_methods(recipe, copy, methods=["smora", "moa"], seeds=[0, 1], learning_rates=[1e-5, 2e-2], options=OPTIONS)
+    assert Comparison.load(copy).chosen == before
+
+
+def test_runs_of_another_recipe_are_not_taken_for_finished(recipe: Recipe, copy: Path) -> None:
+    longer = replace(recipe, train=replace(recipe.train, steps=6))
+    with pytest.raises(RunError, match=r"lora-r6.lr-1e-05-seed-0: made by another recipe \(train.steps was 4, now 6\)"):
+        compare_methods(longer, copy, methods=["moa"], learning_rates=[1e-5], options=OPTIONS_OF_MOA)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"limit": 2}, {"split": "validation"}, {"length_normalised": True}], ids=["limit", "split", "length"]
+)
+def test_runs_measured_otherwise_are_measured_again(
+    recipe: Recipe, copy: Path, capsys: pytest.CaptureFixture[str], changes: dict
+) -> None:
+    changed = replace(recipe, evaluate=replace(recipe.evaluate, **changes))
+    made = compare_methods(changed, copy, methods=["moa"], learning_rates=[1e-5], options=OPTIONS_OF_MOA)
+    for label in ("lora r6", "moa"):
+        (results,) = made.results[label]
+        assert changes.items() <= results.run["evaluate"].items()
+        assert set(results.run["examples_per_task"].values()) == {changes.get("limit", 4)}
+    assert "run 1 of" not in capsys.readouterr().out
+    figures = (copy / "runs" / "moa" / "lr-1e-05-seed-0" / "results.json").stat().st_mtime_ns
+    compare_methods(changed, copy, methods=["moa"], learning_rates=[1e-5], options=OPTIONS_OF_MOA)
+    assert (copy / "runs" / "moa" / "lr-1e-05-seed-0" / "results.json").stat().st_mtime_ns == figures
 
 
 def test_the_report_is_made_anew_from_the_run_folders(compared: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters import find_method, method_config
+from ..support.config import parse, to_data
 from ..support.console import say
 from ..support.errors import ConfigError
 from ..support.files import write_json
@@ -15,9 +17,10 @@ from .comparison import COMPARISON, Chosen, Comparison, Contender, draw_comparis
 from .evaluate import Scores
 from .loop import SCORE
 from .main_job import evaluate_job
-from .recipe import BaselineConfig, MethodChoice, Recipe
+from .recipe import BaselineConfig, EvaluateConfig, MethodChoice, Recipe, TrainConfig
 from .run import load_run, train_run
 from .run_folder import RunFolder
+from .schedule import StageSpan, stage_spans
 from .sizing import shapes_of
 
 RUNS = "runs"
@@ -26,11 +29,11 @@ MethodOptions = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and how often."""
+    """What is compared, and how often; `learning_rates` are those to try, by the contender's label."""
 
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
-    learning_rates: tuple[float, ...]
+    learning_rates: dict[str, tuple[float, ...]]
 
 
 def compare_methods(
@@ -50,11 +53,12 @@ def compare_methods(
     Args:
         methods: names that `loramux methods` lists. The plain LoRA of each one's size always comes along.
         learning_rates: tried with the first seed for every method, the plain LoRAs included; the best mean validation
-            metric wins. Empty: the recipe's.
-        options: per method, the options that differ from its defaults.
+            metric wins. Empty: the recipe's, which can name one for plain LoRAs (`baseline.learning_rate`).
+        options: per method, the options that differ from its defaults; for the recipe's own method, from the recipe's.
 
     Raises:
-        ConfigError: for an unknown method or option, none at all, or one named twice.
+        ConfigError: for an unknown method or option, a seed or a rate out of range, none at all, one named twice, or
+            a recipe that trains a part only.
         RunError: `folder` holds runs of another recipe.
     """
     plan = make_plan(recipe, methods=methods, seeds=seeds, learning_rates=learning_rates, options=options or {})
@@ -79,22 +83,38 @@ def make_plan(
     Raises:
         ConfigError: see `compare_methods`.
     """
-    named: dict[str, Sequence[Any]] = {"methods": methods, "seeds": seeds, "learning rates": learning_rates}
+    _refuse_senseless(recipe, {"methods": methods, "seeds": seeds, "learning rates": learning_rates})
+    for method in options:
+        if method not in methods:
+            raise ConfigError(f"options for {method!r}, which is not among the methods: {', '.join(methods)}")
+    own = {recipe.method.name: recipe.method.options}
+    chosen = {name: {**own.get(name, {}), **options.get(name, {})} for name in methods}
+    sizes = _Sizes(recipe)
+    routed = [sizes.contender(name, chosen[name]) for name in methods if name != "lora"]
+    plain = [sizes.lora({"rank": contender.matched_rank}) for contender in routed]
+    if "lora" in methods and (chosen["lora"] or not routed):
+        plain.append(sizes.lora(chosen["lora"]))
+    loras = {contender.label: contender for contender in sorted(plain, key=lambda lora: lora.matched_rank)}
+    contenders = (*loras.values(), *routed)
+    rates = {contender.label: tuple(learning_rates) or (_own_rate(recipe, contender),) for contender in contenders}
+    return Plan(contenders, tuple(seeds), rates)
+
+
+def _refuse_senseless(recipe: Recipe, named: Mapping[str, Sequence[Any]]) -> None:
     for what, values in named.items():
         if len(set(values)) != len(values):
             raise ConfigError(f"{what}: {', '.join(map(str, values))} names one twice")
         if not values and what != "learning rates":
             raise ConfigError(f"{what}: name at least one")
-    for method in options:
-        if method not in methods:
-            raise ConfigError(f"options for {method!r}, which is not among the methods: {', '.join(methods)}")
-    sizes = _Sizes(recipe)
-    routed = [sizes.contender(name, options.get(name, {})) for name in methods if name != "lora"]
-    plain = [contender.matched_rank for contender in routed]
-    if "lora" in methods and ("lora" in options or not routed):
-        plain.append(options.get("lora", {}).get("rank", 8))
-    loras = [sizes.lora(rank) for rank in sorted(set(plain))]
-    return Plan((*loras, *routed), tuple(seeds), tuple(learning_rates) or (recipe.train.learning_rate,))
+    for what, key in (("seeds", "seed"), ("learning rates", "learning_rate")):
+        for value in named[what]:
+            parse(TrainConfig, {key: value}, where=what)
+    if not recipe.train.is_whole:
+        raise ConfigError("train.start_from, train.only_tasks: every method is trained in full here; leave them out")
+
+
+def _own_rate(recipe: Recipe, contender: Contender) -> float:
+    return recipe.baseline_rate if contender.method == "lora" else recipe.train.learning_rate
 
 
 class _Sizes:
@@ -109,9 +129,14 @@ class _Sizes:
         rank = self.shapes.matched_rank(parameters)
         return Contender(method, method, dict(options), parameters, rank, f"lora r{rank}")
 
-    def lora(self, rank: int) -> Contender:
-        parameters = self.shapes.count("lora", {"rank": rank}, self.tasks)
-        return Contender(f"lora r{rank}", "lora", {"rank": rank}, parameters, rank, None)
+    def lora(self, options: Mapping[str, Any]) -> Contender:
+        """A plain LoRA; what else than its rank differs from the default is part of its label."""
+        parameters = self.shapes.count("lora", options, self.tasks)
+        rank = self.shapes.matched_rank(parameters)
+        usual, given = find_method("lora").options(), sorted(options.items())
+        special = {key: value for key, value in given if key != "rank" and value != usual[key]}
+        label = " ".join([f"lora r{rank}", *(f"{key} {value}" for key, value in special.items())])
+        return Contender(label, "lora", {"rank": rank, **special}, parameters, rank, None)
 
 
 class _Comparing:
@@ -119,35 +144,32 @@ class _Comparing:
 
     def __init__(self, recipe: Recipe, folder: Path, plan: Plan) -> None:
         self.recipe, self.folder, self.plan = recipe, folder, plan
-        tuning = len(plan.learning_rates) if len(plan.learning_rates) > 1 else 1
-        self.total = len(plan.contenders) * (tuning + len(plan.seeds) - 1)
+        self.total = sum(len(rates) + len(plan.seeds) - 1 for rates in plan.learning_rates.values())
         self.done, self.trained, self.seconds = 0, 0, 0.0
         self.base_scores: Scores | None = None
 
     def run(self) -> Comparison:
         chosen = []
         for contender in self.plan.contenders:
-            tried = {rate: self._validate(contender, rate) for rate in self.plan.learning_rates}
+            tried = {rate: self._validate(contender, rate) for rate in self.plan.learning_rates[contender.label]}
             rate = max(tried, key=lambda rate: tried[rate])
             runs = {seed: self._evaluated(contender, rate, seed) for seed in self.plan.seeds}
             chosen.append(Chosen(contender, rate, tried, {seed: str(path) for seed, path in runs.items()}))
         return Comparison.read(self.folder, chosen)
 
     def _validate(self, contender: Contender, rate: float) -> float:
-        """The best mean validation metric of the first seed at a learning rate."""
-        path = self._train(contender, rate, self.plan.seeds[0])
-        found = [line[f"eval/{SCORE}"] for line in RunFolder(path).metrics() if f"eval/{SCORE}" in line]
-        return max(found, default=float("-inf"))
+        """The best mean validation metric of the first seed at a learning rate, of weights that a run may keep."""
+        seed, key = self.plan.seeds[0], f"eval/{SCORE}"
+        lines = RunFolder(self._train(contender, rate, seed)).metrics()
+        start = _last_stage(self._recipe(contender, rate, seed)).start
+        return max((line[key] for line in lines if key in line and line["step"] > start), default=float("-inf"))
 
     def _evaluated(self, contender: Contender, rate: float, seed: int) -> Path:
         """A run with its results, as a path relative to the comparison."""
-        path = self._train(contender, rate, seed)
-        if not (path / RESULTS).is_file():
-            run = load_run(path)
-            run = replace(run, recipe=self._recipe(contender, rate, seed))
-            evaluate_job(
-                run, self.recipe.evaluate, export=self.recipe.export.enabled, base_scores=self.base_scores, quiet=True
-            )
+        path, config = self._train(contender, rate, seed), self.recipe.evaluate
+        if not _is_measured(path, config):
+            export = self.recipe.export.enabled
+            evaluate_job(load_run(path), config, export=export, base_scores=self.base_scores, quiet=True)
         results = read_results(path)
         self.base_scores = results.scores.get("base")
         mean = results.mean(results.main_column or "base")
@@ -155,18 +177,19 @@ class _Comparing:
         return path.relative_to(self.folder)
 
     def _train(self, contender: Contender, rate: float, seed: int) -> Path:
-        name = contender.label.replace(" ", "-")
-        path = self.folder / RUNS / name / f"lr-{rate:g}-seed-{seed}"
-        if RunFolder(path).is_finished:
-            return path
+        name, recipe = contender.label.replace(" ", "-"), self._recipe(contender, rate, seed)
+        run = RunFolder(self.folder / RUNS / name / f"lr-{rate:g}-seed-{seed}")
+        if run.is_finished:
+            run.open(recipe, resume=True)
+            return run.path
         started = time.monotonic()
         self.done += 1
         say(
             f"run {self.done} of at most {self.total}{self._time_left()}: {contender.label}, seed {seed}, rate {rate:g}"
         )
-        train_run(self._recipe(contender, rate, seed), path, resume=True)
+        train_run(recipe, run.path, resume=True)
         self.trained, self.seconds = self.trained + 1, self.seconds + time.monotonic() - started
-        return path
+        return run.path
 
     def _recipe(self, contender: Contender, rate: float, seed: int) -> Recipe:
         return replace(
@@ -187,3 +210,18 @@ class _Comparing:
             return ""
         minutes = self.seconds / self.trained * (self.total - self.done + 1) / 60
         return f", about {minutes:.0f} min left" if minutes >= 1 else ""
+
+
+def _last_stage(recipe: Recipe) -> StageSpan:
+    """The steps whose best weights a run keeps."""
+    tasks, method = len(read_task_configs(recipe.tasks)), recipe.method
+    stages = method_config(method.name, num_tasks=tasks, options=method.options).stages
+    return stage_spans(stages, recipe.train.steps)[-1]
+
+
+def _is_measured(path: Path, config: EvaluateConfig) -> bool:
+    """Whether a run has results, and on what `config` asks for."""
+    if not (path / RESULTS).is_file():
+        return False
+    noted, asked = read_results(path).run.get("evaluate", {}), to_data(config)
+    return all(noted.get(key) == asked[key] for key in ("split", "limit", "length_normalised"))
