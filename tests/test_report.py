@@ -14,7 +14,7 @@ from loramux.training.assess import MARKDOWN, draw_report, encode_tasks, read_re
 from loramux.training.exports import export_run, identity_of
 from loramux.training.main_job import evaluate_job, matched_lora_recipe, new_run_folder, train_job
 from loramux.training.report import Results, TaskInfo, gain, header, markdown_table, percent, rows, show, to_markdown
-from loramux.training.run import load_run
+from loramux.training.run import load_run, train_run
 
 PICTURES = ["losses.png", "routing.png", "scores.png"]
 
@@ -218,6 +218,19 @@ def test_no_matched_lora_stands_beside_training_it_could_not_share(
     recipe = make_recipe(base, tasks, f"{setting}={value}", "train.steps=4", "export.enabled=false")
     assert train_job(recipe, tmp_path / "run").columns == ["base", "auto", "named"]
     assert "no matched LoRA: it would not have had the same training" in capsys.readouterr().out
+
+
+def test_a_matched_lora_is_not_trained_on_other_examples_than_the_run_beside_it(tmp_path: Path) -> None:
+    base, tasks = write_base(tmp_path / "base"), write_tasks(tmp_path / "tasks")
+    recipe = make_recipe(base, tasks, "method.name=moa", "train.steps=4", "export.enabled=false")
+    train_run(recipe, tmp_path / "run")
+    file = tmp_path / "tasks" / "home" / "train.jsonl"
+    listed = file.read_text()
+    file.write_text(listed + listed.splitlines(keepends=True)[0])
+    with pytest.raises(RunError, match=r"begun on other tasks \(home changed\)"):
+        train_job(recipe, tmp_path / "run", resume=True)
+    file.write_text(listed)
+    assert "lora" in train_job(recipe, tmp_path / "run", resume=True).columns
 
 
 def test_exports_that_would_lose_too_much_are_told_and_can_be_forced(

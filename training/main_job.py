@@ -28,6 +28,7 @@ from .exports import EXPORTS, REFUSED, export_run, identity_of
 from .recipe import BaselineConfig, EvaluateConfig, MethodChoice, Recipe
 from .report import COLUMNS, Results, refusals, show
 from .run import TrainedRun, on_main, train_run
+from .run_folder import RunFolder
 
 _HINT = " Use --allow-lossy to export it all the same"
 
@@ -51,15 +52,20 @@ def train_matched_lora(trained: TrainedRun) -> None:
     """Train the plain LoRA of equal parameter count beside a run, in its folder `baseline`.
 
     A run that is that LoRA itself has none beside it, and neither has one whose training a LoRA could not share.
+
+    Raises:
+        RunError: the LoRA would be trained on other examples than the run was.
     """
     if trained.recipe.method.name == "lora":
         return
     if not trained.recipe.train.is_whole:
         say("no matched LoRA: it would not have had the same training (train.start_from or train.only_tasks is set)")
         return
-    rank = rank_of_matched_lora(trained)
+    rank, beside = rank_of_matched_lora(trained), RunFolder(trained.folder.path / BASELINE)
+    if not beside.is_finished:
+        trained.folder.check_tasks(trained.tasks)
     say(f"the plain LoRA of equal size: rank {rank}")
-    train_run(matched_lora_recipe(trained.recipe, rank), trained.folder.path / BASELINE, resume=True)
+    train_run(matched_lora_recipe(trained.recipe, rank), beside.path, resume=True)
 
 
 def rank_of_matched_lora(trained: TrainedRun) -> int:
