@@ -207,6 +207,17 @@ def test_the_report_is_made_anew_from_the_run_folders(compared: Path, tmp_path: 
     assert (moved / "routing" / "smora" / "routing" / "layer-0.png").is_file()
 
 
+def test_the_table_names_the_tasks_that_have_no_test_split(compared: Path, tmp_path: Path) -> None:
+    assert "test split, seeds 0, 1" in (compared / "comparison.md").read_text()
+    moved = shutil.copytree(compared, tmp_path / "moved", ignore=shutil.ignore_patterns("checkpoints"))
+    for file in moved.rglob("results.json"):
+        results = json.loads(file.read_text())
+        results["run"]["split_per_task"]["home"] = "validation"
+        file.write_text(json.dumps(results))
+    draw_comparison(moved)
+    assert "test split (validation for: home), seeds 0, 1" in (moved / "comparison.md").read_text()
+
+
 def test_a_folder_that_holds_no_comparison_is_named(compared: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no comparison.json there; run `loramux compare"):
         Comparison.load(tmp_path)

@@ -12,7 +12,7 @@ from ..support.errors import RunError
 from ..support.files import write_text
 from .assess import ROUTING, read_results
 from .plots import plot_bars, plot_curves, plot_usage
-from .report import COLUMNS, MISSING, Results, TaskInfo, gain, markdown_table, percent
+from .report import COLUMNS, MISSING, Results, TaskInfo, describe_split, gain, markdown_table, percent
 from .run_folder import RunFolder
 
 COMPARISON, COMPARISON_TABLE = "comparison.json", "comparison.md"
@@ -185,8 +185,9 @@ def task_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def to_markdown(comparison: Comparison) -> str:
     facts = comparison.any_results.run
     seeds = sorted({seed for entry in comparison.chosen for seed in entry.runs})
+    split = describe_split(comparison.any_results)
     intro = (
-        f"Base `{facts['base']}`, {facts['steps']} steps of {facts['batch_size']}, {facts['split']} split, "
+        f"Base `{facts['base']}`, {facts['steps']} steps of {facts['batch_size']}, {split}, "
         f"seeds {', '.join(map(str, seeds))}. Main metric per task in per cent, mean +- standard deviation over seeds. "
         "A method routed by task is told the task; `router decides` is its score when it is not."
     )
