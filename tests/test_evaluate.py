@@ -154,6 +154,16 @@ def test_generation_stops_at_any_stop_token_and_at_the_models_last_position() ->
     assert len(Respondent(model, _Ends()).generate(long, 100)[0]) <= 8  # 48 positions
 
 
+@pytest.mark.parametrize("build", [cases.tiny_llama, tiny_gpt2])
+def test_a_long_prompt_shortens_its_own_answer_only(build) -> None:
+    model = build()
+    positions = model.config.max_position_embeddings
+    prompts = [[5] * (positions - 3), [6, 7], [8] * (positions - 6), [9] * 4]
+    answers = Respondent(model, _Ends()).generate(prompts, 10, [63])
+    assert answers == [Respondent(model, _Ends()).generate([prompt], 10, [63])[0] for prompt in prompts]
+    assert [len(answer) for answer in answers] == [3, 10, 6, 10]
+
+
 def test_scores_are_those_of_the_likeliest_choice(base_folder: Path, encoded: list[EncodedTask]) -> None:
     model, tokenizer = load_base(base_folder)
     task = next(task for task in encoded if task.name == "sound")
@@ -199,6 +209,26 @@ def test_batch_size_does_not_change_a_score(base_folder: Path, encoded: list[Enc
         assert one[task.name] == pytest.approx(many[task.name], abs=1e-5)
     metrics = [one[task.name][task.task.metrics[0]] for task in encoded]
     assert mean_score(one, encoded) == pytest.approx(sum(metrics) / 3)
+
+
+def test_one_long_prompt_changes_no_other_answer_of_its_task(base_folder: Path) -> None:
+    model, tokenizer = load_base(base_folder)
+    prompts = [f"{place} of the {noun}" for noun in NOUNS for place in ("home", "sound")]
+    long = " ".join(["sea"] * 58)  # the model has 64 positions
+    found: dict[tuple[bool, int], list[Prediction]] = {}
+    for with_long in (False, True):
+        rows = [{"input": prompt, "target": "red"} for prompt in [*prompts, *([long] if with_long else [])]]
+        options = {"prompt": "{input}", "target": "{target}", "choices": [], "max_new_tokens": 20}
+        given = Task.from_rows("t", {"train": rows, "validation": rows}, **options)
+        task = encode_task(given, tokenizer, max_length=64)
+        for size in (4, 64):
+            found[with_long, size] = []
+            evaluate_tasks(model, tokenizer, [task], batch_size=size, predictions=found[with_long, size])
+    texts = {key: [answer.prediction for answer in answers] for key, answers in found.items()}
+    assert texts[True, 4] == texts[True, 64]
+    assert texts[True, 64][: len(prompts)] == texts[False, 4] == texts[False, 64]
+    lengths = [len(text.split()) for text in texts[True, 64]]
+    assert lengths[-1] <= 6 < max(lengths[:-1])
 
 
 def test_a_limit_draws_the_same_examples_each_time(encoded: list[EncodedTask]) -> None:

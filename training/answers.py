@@ -61,22 +61,18 @@ class Respondent:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tokens], max_new_tokens: int, stop_ids: Sequence[int] = ()) -> list[list[int]]:
-        """Greedy answers, each up to the first of `stop_ids` (default: the end of sequence) and no longer than told."""
+        """Greedy answers, each up to the first of `stop_ids` (default: the end of sequence) and no longer than told.
+
+        An answer is also no longer than the model has positions for after its own prompt, whatever stands beside it.
+        """
         stops = list(stop_ids) or [i for i in [self.tokenizer.eos_token_id] if i is not None]
-        ids, mask = left_padded(prompts, self.pad_id, self.device)
-        if self._positions is not None:
-            max_new_tokens = max(1, min(max_new_tokens, self._positions - ids.shape[1]))
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.pad_id,
-            eos_token_id=stops or None,
-        )
-        produced = self.model.generate(  # type: ignore[operator]
-            input_ids=ids, attention_mask=mask, generation_config=settings, **self.routing
-        )
-        return [_until(row, stops) for row in produced[:, ids.shape[1] :].tolist()]
+        rooms = [self._room(prompt, max_new_tokens) for prompt in prompts]
+        answers: dict[int, list[int]] = {}
+        # Only rows of the same room run together: one that went on for a neighbour would leave the model's positions.
+        for room in sorted(set(rooms)):
+            rows = [row for row, own in enumerate(rooms) if own == room]
+            answers |= zip(rows, self._generate([prompts[row] for row in rows], room, stops), strict=True)
+        return [answers[row] for row in range(len(prompts))]
 
     def routes(self) -> list[str] | None:
         """The task whose expert got each prompt of the last call; None unless a router picks experts by task."""
@@ -86,6 +82,23 @@ class Respondent:
         if len(decisions) != 1 or decisions[0].shape[-1] != len(names):
             return None
         return [names[gate] for gate in decisions[0].argmax(-1).tolist()]
+
+    def _room(self, prompt: Tokens, max_new_tokens: int) -> int:
+        return max_new_tokens if self._positions is None else max(1, min(max_new_tokens, self._positions - len(prompt)))
+
+    def _generate(self, prompts: Sequence[Tokens], room: int, stops: list[int]) -> list[list[int]]:
+        ids, mask = left_padded(prompts, self.pad_id, self.device)
+        settings = GenerationConfig(
+            max_new_tokens=room,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.pad_id,
+            eos_token_id=stops or None,
+        )
+        produced = self.model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=settings, **self.routing
+        )
+        return [_until(row, stops) for row in produced[:, ids.shape[1] :].tolist()]
 
     def _forward(
         self,

@@ -15,7 +15,7 @@ from ..adapters import LoramuxModel
 from ..support.console import Meter, meter
 from ..support.errors import AdapterError
 from ..tasks import Encoded, EncodedTask, Example, as_written, compute
-from .answers import Respondent, positions_of
+from .answers import Respondent
 
 Routing = Literal["named", "auto"]
 Scores = dict[str, dict[str, float]]
@@ -143,7 +143,7 @@ class _Exam:
         answers: list[Prediction] = []
         with eval_mode(self.model), _main_meter(title, sum(len(batch) for _, batch in work)) as progress:
             for task, batch in work:
-                answers += self._answer(task, batch, self._room(task, drawn[task.name]))
+                answers += self._answer(task, batch)
                 if progress is not None:
                     progress.advance(len(batch), task.name)
         if self._divides_work:
@@ -161,17 +161,11 @@ class _Exam:
     def _divides_work(self) -> bool:
         return self.shared and not _is_sharded(self.model)
 
-    def _room(self, task: EncodedTask, chosen: Sequence[Question]) -> int:
-        """How many tokens an answer may have: the same for all prompts of a task, however they are batched."""
-        positions = positions_of(self.model) or float("inf")
-        longest = max(len(question.prompt) for question in chosen)
-        return int(max(1, min(task.task.config.max_new_tokens, positions - longest)))
-
-    def _answer(self, task: EncodedTask, batch: Sequence[Question], room: int) -> list[Prediction]:
+    def _answer(self, task: EncodedTask, batch: Sequence[Question]) -> list[Prediction]:
         respondent = Respondent(self.model, self.tokenizer, routing_of(self.model, task.name, self.routing))
         scores = respondent.option_scores([q.prompt for q in batch], [q.options for q in batch])
         routes = self._routes(respondent, len(batch))
-        answers = self._answers(task, batch, scores, respondent, room)
+        answers = self._answers(task, batch, scores, respondent)
         return [
             Prediction(
                 task=task.name,
@@ -196,7 +190,6 @@ class _Exam:
         batch: Sequence[Question],
         scores: list[list[float]],
         respondent: Respondent,
-        room: int,
     ) -> list[tuple[str, str]]:
         """Prediction and reference of every question: the likeliest choice, or the text the model writes."""
         pairs = [
@@ -206,7 +199,7 @@ class _Exam:
         rows = [row for row, question in enumerate(batch) if not question.encoded.choices]
         if rows:
             prompts = [batch[row].prompt for row in rows]
-            produced = respondent.generate(prompts, room, task.stop_ids)
+            produced = respondent.generate(prompts, task.task.config.max_new_tokens, task.stop_ids)
             texts = self.tokenizer.batch_decode(produced, skip_special_tokens=True)
             references = as_written([batch[row].example.target for row in rows], self.tokenizer)
             for row, text, reference in zip(rows, texts, references, strict=True):
