@@ -1,12 +1,12 @@
 """Checkpoints and run folders: whole or absent, verified, and never mistaken for one another."""
 
 import json
-import resource
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from full_disk import files_limited_to
 
 from loramux.support.errors import RunError
 from loramux.training.checkpoint import (
@@ -120,17 +120,12 @@ def test_a_written_file_is_compared_with_the_model(tmp_path: Path, held: dict, m
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path: Path) -> None:
-    """A real limit of the system on the size of files stands for the disk."""
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
     folder.write(a_checkpoint(1))
     large = Checkpoint({"down": torch.zeros(100_000)}, {}, {"step": 2})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(RunError, match=r"could not write .*step-00000002: .*; what was there before is untouched"):
-            folder.write(large)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = r"could not write .*step-00000002: .*; what was there before is untouched"
+    with files_limited_to(50_000), pytest.raises(RunError, match=message):
+        folder.write(large)
     assert [path.name for path in folder.root.iterdir()] == ["step-00000001"]
     found = folder.read_latest()
     assert found is not None

@@ -1,13 +1,13 @@
 """Run folders: which run they hold, what they tell about it, and what happens to them when work is interrupted."""
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_limited_to
 from safetensors.torch import load_file
 from training_cases import make_recipe, write_base, write_tasks
 
@@ -35,18 +35,6 @@ def copy(finished: Path) -> Path:
     folder = finished.parent / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     return shutil.copytree(finished, folder)
-
-
-@pytest.fixture
-def file_size_limit() -> Iterator[Callable[[int | None], None]]:
-    """A limit of the operating system on the size of files, which stands for a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int | None) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
-
-    yield limit
-    limit(None)
 
 
 def test_a_finished_run_is_recognised_and_just_opened(places, finished: Path, capsys) -> None:
@@ -85,6 +73,18 @@ def test_keys_that_change_nothing_learnt_can_be_changed_on_resume_and_stay(
     assert train_run(changed, copy, resume=True, evaluate=None).recipe == changed
     assert load_run(copy).recipe == changed
     assert "../" in (copy / "recipe.yaml").read_text()
+
+
+def test_another_base_cannot_resume_or_open_a_run(places, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    recipe = make_recipe(base, places[1])
+    train_run(recipe, tmp_path / "run", evaluate=None)
+    write_base(base, seed=5)
+    with pytest.raises(RunError, match=r"trained on another base model than .* \(its weights differ\)"):
+        load_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "mixture")
+    with pytest.raises(RunError, match="trained on another base model"):
+        train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
 
 
 def test_other_training_data_cannot_resume_a_run_and_more_test_data_can(places, tmp_path: Path) -> None:
@@ -127,18 +127,6 @@ def test_tasks_that_came_went_or_moved_cannot_resume_a_run(places, tmp_path: Pat
     train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
 
 
-def test_another_base_cannot_resume_or_open_a_run(places, tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base")
-    recipe = make_recipe(base, places[1])
-    train_run(recipe, tmp_path / "run", evaluate=None)
-    write_base(base, seed=5)
-    with pytest.raises(RunError, match=r"trained on another base model than .* \(its weights differ\)"):
-        load_run(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "mixture")
-    with pytest.raises(RunError, match="trained on another base model"):
-        train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
-
-
 def test_a_lost_end_of_training_is_done_again_with_the_same_result(places, finished: Path, copy: Path) -> None:
     shutil.rmtree(copy / "mixture")
     shutil.rmtree(copy / "checkpoints" / "step-00000008")
@@ -152,16 +140,17 @@ def test_a_lost_end_of_training_is_done_again_with_the_same_result(places, finis
 
 @pytest.mark.parametrize(("limit", "file"), [(12_000, "step-00000004"), (100, "metrics.jsonl")])
 def test_a_disk_that_fills_up_costs_no_finished_work(
-    places, finished: Path, tmp_path: Path, file_size_limit, limit: int, file: str
+    places, finished: Path, tmp_path: Path, limit: int, file: str
 ) -> None:
-    def fill_up(_model: torch.nn.Module, step: int) -> dict[str, float]:
-        file_size_limit(limit)
-        return {"loss": 1.0}
-
     recipe = make_recipe(*places, "train.save_every=2")
-    with pytest.raises(RunError, match=rf"could not write .*{file}: .*; what was there before is untouched"):
-        train_run(recipe, tmp_path / "run", evaluate=fill_up)
-    file_size_limit(None)
+    with ExitStack() as disk:
+
+        def fill_up(_model: torch.nn.Module, step: int) -> dict[str, float]:
+            disk.enter_context(files_limited_to(limit))
+            return {"loss": 1.0}
+
+        with pytest.raises(RunError, match=rf"could not write .*{file}: .*; what was there before is untouched"):
+            train_run(recipe, tmp_path / "run", evaluate=fill_up)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     train_run(recipe, tmp_path / "run", resume=True, evaluate=None)
     for name, tensor in load_file(finished / "mixture" / "adapter_model.safetensors").items():
@@ -174,10 +163,9 @@ def test_a_folder_that_cannot_be_made_is_an_error_and_no_traceback(places, tmp_p
         train_run(make_recipe(*places), tmp_path / "file" / "run", evaluate=None)
 
 
-def test_a_mixture_that_cannot_be_written_leaves_the_run_unfinished(places, copy: Path, file_size_limit) -> None:
+def test_a_mixture_that_cannot_be_written_leaves_the_run_unfinished(places, copy: Path) -> None:
     shutil.rmtree(copy / "mixture")
-    file_size_limit(12_000)
-    with pytest.raises(RunError, match=r"could not write .*mixture: "):
+    with files_limited_to(12_000), pytest.raises(RunError, match=r"could not write .*mixture: "):
         train_run(make_recipe(*places), copy, resume=True, evaluate=None)
     assert not RunFolder(copy).is_finished
 
@@ -208,7 +196,6 @@ def test_a_line_of_the_metrics_that_cannot_be_read_is_named(copy: Path) -> None:
 
 def test_a_last_line_torn_by_a_kill_is_left_out(copy: Path) -> None:
     whole = RunFolder(copy).metrics()
-    assert list(noted["tasks"]) == ["colour", "sound", "home"]
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "tr')
     assert RunFolder(copy).metrics() == whole
@@ -221,5 +208,6 @@ def test_the_environment_tells_versions_and_machine_but_not_where_it_ran(finishe
     assert noted["processes"] == 1
     assert noted["packages"]["torch"] == torch.__version__
     assert noted["hardware"]["cpus"]
+    assert list(noted["tasks"]) == ["colour", "sound", "home"]
     assert str(Path.home()) not in text
     assert str(finished.parent) not in text
