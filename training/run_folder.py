@@ -32,7 +32,7 @@ from .state import peft_names
 _PACKAGES = ("loramux", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
 _FREE_KEYS = (
     *("base.known_as", "train.distributed", "train.log_every", "train.save_every", "train.keep_checkpoints"),
-    *("train.trackers", "baseline", "evaluate", "export"),
+    *("train.trackers", "baseline", "evaluate.split", "evaluate.limit", "evaluate.batch_size", "export"),
 )
 """Keys that may differ on resume: they do not change what is learnt."""
 
