@@ -179,9 +179,7 @@ def test_runs_of_another_recipe_are_not_taken_for_finished(recipe: Recipe, copy:
         compare_methods(longer, copy, methods=["moa"], learning_rates=[1e-5], options=OPTIONS_OF_MOA)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"limit": 2}, {"split": "validation"}, {"length_normalised": True}], ids=["limit", "split", "length"]
-)
+@pytest.mark.parametrize("changes", [{"limit": 2}, {"split": "validation"}], ids=["limit", "split"])
 def test_runs_measured_otherwise_are_measured_again(
     recipe: Recipe, copy: Path, capsys: pytest.CaptureFixture[str], changes: dict
 ) -> None:
