@@ -142,7 +142,7 @@ class Engine:
         if name != "auto":
             return [name] * rows
         decision = self.hub.context.decisions[self.hub.active_adapters[0], 0]
-        return [self.hub.tasks[index] for index in decision.argmax(-1).tolist()]
+        return [self.hub.tasks[index] for index in decision.weights.argmax(-1).tolist()]
 
     def _choice(self, index: int, ids: torch.Tensor, request: CompletionRequest, adapter: str) -> dict[str, Any]:
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))

@@ -9,35 +9,58 @@ if __name__ == "adapters":
         "import loramux.adapters, and run tests with plain `pytest`"
     )
 
-from .banks import BankConfig, DenseBank
+from .banks import Bank, BankConfig, Cored, Dense, TensorProduct, TensorTrain
 from .branch import Branch, BranchConfig
+from .cores import Core, CoreConfig, FactorMix, HeadMix, LeafMix, OutputMix
 from .export import BaseIdentity, ExportConfig, ExportReport, exact_factors, export_task, save_lora
 from .fidelity import Fidelity, measure_fidelity
 from .hub import LoramuxModel
 from .layer import LoramuxLinear
 from .low_rank import RANK_CLASSES, LowRank
 from .peft_config import LoramuxConfig
-from .registry import Method, MethodConfig, StageConfig, find_method, method_config, methods, register_method
-from .sizing import adapted_shapes, adapter_parameters, count_parameters, matched_lora_rank
+from .registry import (
+    Method,
+    MethodConfig,
+    StageConfig,
+    TaskNames,
+    find_method,
+    method_config,
+    methods,
+    numbered_tasks,
+    register_method,
+)
+from .sizing import Linear, adapted_linears, adapter_parameters, count_parameters, matched_lora_rank
 
 __all__ = [
     "RANK_CLASSES",
+    "Bank",
     "BankConfig",
     "BaseIdentity",
     "Branch",
     "BranchConfig",
-    "DenseBank",
+    "Core",
+    "CoreConfig",
+    "Cored",
+    "Dense",
     "ExportConfig",
     "ExportReport",
+    "FactorMix",
     "Fidelity",
+    "HeadMix",
+    "LeafMix",
+    "Linear",
     "LoramuxConfig",
     "LoramuxLinear",
     "LoramuxModel",
     "LowRank",
     "Method",
     "MethodConfig",
+    "OutputMix",
     "StageConfig",
-    "adapted_shapes",
+    "TaskNames",
+    "TensorProduct",
+    "TensorTrain",
+    "adapted_linears",
     "adapter_parameters",
     "count_parameters",
     "exact_factors",
@@ -47,6 +70,7 @@ __all__ = [
     "measure_fidelity",
     "method_config",
     "methods",
+    "numbered_tasks",
     "register_method",
     "save_lora",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..routing.context import task_ids
 from ..support.errors import AdapterError
+from .banks import Dense
 from .branch import Branch
 
 
@@ -31,7 +32,7 @@ class HeldRows:
         self._rows: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         for branch in branches:
             bank = branch.config.bank
-            if bank.experts != len(tasks) or bank.shared_down:
+            if not isinstance(bank, Dense) or bank.experts != len(tasks) or bank.shared_down:
                 raise AdapterError("only a method with one expert per task (such as moa) can train single tasks")
             for parameter in branch.bank.parameters():
                 rows = held.to(parameter.device)

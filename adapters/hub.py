@@ -1,6 +1,6 @@
 """The hub: PEFT's tuner for every loramux method. It holds the routing context and the shared routers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,15 +11,16 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..routing import (
+    Decision,
     Granularity,
+    Prototypes,
     Router,
-    RouterDims,
     RoutingContext,
     RoutingStatistics,
-    label_loss,
+    own_gates,
     update_selection_biases,
 )
-from ..routing.context import Observer, task_ids
+from ..routing.context import Observer, resolve_tasks
 from ..support.errors import AdapterError
 from .branch import BranchConfig
 from .held import HeldRows
@@ -29,7 +30,7 @@ from .peft_config import PREFIX, LoramuxConfig, register
 from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt
 from .registry import MethodConfig, StageConfig
 
-Tasks = Tensor | Sequence[str] | Sequence[int] | str
+Tasks = Tensor | Sequence[str] | Sequence[int] | Mapping[str, float] | str
 ParameterGroups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
@@ -38,8 +39,9 @@ class LoramuxModel(BaseTuner):
 
     Forward and generate take two keywords of ours beside the model's own:
 
-    * `routing_tasks`: names or ids of the tasks of the rows, `(batch,)`, or one for all. Required by methods routed by
-      task; overrides the choice of methods routed by the prompt, and teaches their router in training.
+    * `routing_tasks`: names or ids of the tasks of the rows, `(batch,)`, or one for all; or a blend of tasks, `{name:
+      share}` for all rows or shares `(batch, tasks)`. Required by methods routed by task; overrides the choice of
+      methods routed by the prompt, and teaches their router in training.
     * `routing_mask`: `(batch, tokens)`, true where the router may look; by default the real tokens before the first
       label.
     """
@@ -90,7 +92,8 @@ class LoramuxModel(BaseTuner):
         assert isinstance(config, LoramuxConfig)
         if new:
             layer._active_adapter = self.active_adapters
-        layer.update_layer(adapter_name, self._methods[adapter_name], len(config.tasks), config.inference_mode)
+        branches = self._methods[adapter_name].at(self.depth_of(current_key))
+        layer.update_layer(adapter_name, branches, len(config.tasks), config.inference_mode)
         if new:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -165,13 +168,19 @@ class LoramuxModel(BaseTuner):
 
     @contextmanager
     def routing(self, tasks: Tasks) -> Iterator["LoramuxModel"]:
-        """Route every call in the block by `tasks`: a name, one name per row, or ids `(batch,)`."""
-        before = self._blocked_tasks, self.context.named_tasks
-        self._blocked_tasks, self.context.named_tasks = tasks, self._resolve_tasks(tasks)
+        """Route every call in the block by `tasks`: a name, one name per row, ids `(batch,)`, or a blend."""
+        context = self.context
+        before = self._blocked_tasks, context.named_tasks, context.named_decisions
+        self._blocked_tasks, context.named_tasks = tasks, self._resolve_tasks(tasks)
+        context.named_decisions = {
+            (adapter, index): self._decide_for_tasks(adapter, index, branch, named, training=False)
+            for adapter, named in context.named_tasks.items()
+            for index, branch in self._shared_branches(adapter)
+        }
         try:
             yield self
         finally:
-            self._blocked_tasks, self.context.named_tasks = before
+            self._blocked_tasks, context.named_tasks, context.named_decisions = before
 
     @contextmanager
     def collect_statistics(self) -> Iterator[RoutingStatistics]:
@@ -202,12 +211,17 @@ class LoramuxModel(BaseTuner):
     @property
     def needs_task(self) -> bool:
         """Whether a call without `routing_tasks` is an error."""
-        return any(b.granularity == Granularity.TASK for b in self._active_branches())
+        return any(branch.needs_task for branch in self._active_branches())
 
     @property
     def routes_by_prompt(self) -> bool:
         """Whether a shared router chooses from the prompt when no task is named."""
         return any(b.granularity == Granularity.SEQUENCE for b in self._active_branches())
+
+    @property
+    def decides_once(self) -> bool:
+        """Whether a router is shared by the whole model."""
+        return any(b.router is not None and b.router.shared for b in self._active_branches())
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:
@@ -216,6 +230,12 @@ class LoramuxModel(BaseTuner):
     def layers(self) -> dict[str, LoramuxLinear]:
         """The adapted layers by module name."""
         return {module.name: module for module in self.model.modules() if isinstance(module, LoramuxLinear)}
+
+    def depth_of(self, layer: str) -> float:
+        """Where a layer stands: 0 at the first of the model, below 1 at the last; 0 where its name tells nothing."""
+        numbers = [int(part) for part in layer.split(".") if part.isdigit()]
+        count = getattr(self.model.config, "num_hidden_layers", 0)
+        return numbers[0] / count if numbers and numbers[0] < count else 0.0
 
     def routers(self, adapter: str | None = None) -> Iterator[Router]:
         """All routers of `adapter` (default: of all adapters), shared ones first."""
@@ -227,8 +247,15 @@ class LoramuxModel(BaseTuner):
     # ------------------------------------------------------------------ training
 
     def set_stage(self, stage: StageConfig) -> None:
-        """Train only what `stage` names."""
+        """Train only what `stage` names.
+
+        Raises:
+            AdapterError: when rows shall go to their own task's expert and experts do not belong to tasks.
+        """
+        if stage.route == "task" and any(b.router and b.gates != len(self.tasks) for b in self._active_branches()):
+            raise AdapterError(f"stage {stage.name!r} routes by task, and there are not as many experts as tasks")
         self.stage = stage
+        self.context.own_experts = stage.route == "task"
         groups = self.grouped_parameters()
         for group, parameters in groups.items():
             trains = ("experts" if group == "experts" else "router") in stage.train
@@ -281,6 +308,28 @@ class LoramuxModel(BaseTuner):
         if self._held is not None:
             self._held.restore()
 
+    @torch.no_grad()
+    def finish_stage(self, stage: StageConfig, prompts: Callable[[], Iterable[Mapping[str, Tensor]]]) -> None:
+        """Do what comes after a stage, and let routers decide again.
+
+        Args:
+            prompts: gives batches of every task (`input_ids`, `attention_mask`, `routing_tasks`, `routing_mask`).
+        """
+        self.context.own_experts = False
+        adapter = self.active_adapters[0]
+        branches = [branch for layer in self.layers().values() for branch in layer.branches(adapter)]
+        for name in stage.after:
+            if name == "fit_prototypes":
+                self._fit_prompt_prototypes(adapter, prompts)
+            for branch in branches:
+                if name == "average_experts":
+                    for parameter in branch.bank.parameters():
+                        parameter.copy_(parameter.mean(0, keepdim=True).expand_as(parameter))
+                elif name == "reset_experts":
+                    branch.bank.reset_parameters()
+                else:
+                    branch.fit_prototypes()
+
     def train_only(self, tasks: Sequence[str] | None) -> None:
         """Hold the experts of all other tasks still, bit for bit, from now on; None lets all train again.
 
@@ -305,7 +354,8 @@ class LoramuxModel(BaseTuner):
         self._held = None
         for layer in self.layers().values():
             if layer.branches(adapter):
-                layer.update_layer(adapter, self._methods[adapter], len(config.tasks), config.inference_mode)
+                branches = self._methods[adapter].at(self.depth_of(layer.name))
+                layer.update_layer(adapter, branches, len(config.tasks), config.inference_mode)
         self._cast_adapter_dtype(adapter)
         self._add_shared_routers(adapter)
 
@@ -362,7 +412,7 @@ class LoramuxModel(BaseTuner):
         context.tasks = {} if tasks is None else self._resolve_tasks(tasks, inputs)
         if context.bypass or context.static_factors is not None:
             return
-        if self.routes_by_prompt and not (continues(kwargs) and not context.tasks):
+        if self.decides_once and not (continues(kwargs) and not context.tasks):
             self._decide(inputs, kwargs, mask)
 
     def _resolve_tasks(self, tasks: Tasks, inputs: Tensor | None = None) -> dict[str, Tensor]:
@@ -373,9 +423,9 @@ class LoramuxModel(BaseTuner):
             names = self.peft_config[adapter].tasks
             if not names:
                 continue
-            ids = task_ids(tasks, names, device)
+            ids = resolve_tasks(tasks, names, device)
             if inputs is not None:
-                ids = ids.expand(len(inputs)) if len(ids) == 1 else ids
+                ids = ids.expand(len(inputs), *ids.shape[1:]) if len(ids) == 1 else ids
                 if len(ids) != len(inputs):
                     raise AdapterError(f"routing_tasks names {len(ids)} rows, the batch has {len(inputs)}")
             resolved[adapter] = ids if rows is None else ids[rows.to(ids.device)]
@@ -389,40 +439,79 @@ class LoramuxModel(BaseTuner):
         return [(name, index) for name, index in rows.items() if name in self.peft_config]
 
     def _decide(self, inputs: Tensor | None, kwargs: dict[str, Any], mask: Tensor | None) -> None:
-        """Make the decisions that hold for the whole model and, in training, their label loss."""
+        """Make the decisions that hold for the whole model and, in training, note what they cost."""
         self.context.decisions = {}
         pooled: Tensor | None = None
         for adapter, rows in self._served_rows(inputs):
-            for index, branch in enumerate(self._methods[adapter].branches):
-                if branch.router is None or not branch.router.shared:
-                    continue
-                tasks = self.context.tasks.get(adapter)
-                if tasks is not None:
-                    self.context.decisions[adapter, index] = _one_hot(tasks, branch)
-                if tasks is None or self._learns_labels(branch):
+            tasks = self.context.tasks.get(adapter)
+            for index, branch in self._shared_branches(adapter):
+                if tasks is not None or branch.granularity == Granularity.TASK:
+                    decision = self._decide_for_tasks(adapter, index, branch, tasks, training=self.training)
+                    self.context.decisions[adapter, index] = decision
+                    self._note_shared(branch, decision, tasks, reads_prompt=False)
+                if branch.granularity == Granularity.SEQUENCE and (tasks is None or self._learns_labels(branch)):
                     if inputs is None:
                         raise AdapterError("routing by the prompt needs input_ids or inputs_embeds")
                     pooled = self._pool_prompt(inputs, kwargs, mask) if pooled is None else pooled
                     features = pooled if rows is None else pooled[rows.to(pooled.device)]
-                    self._route_pooled(adapter, index, branch, features, tasks)
+                    decision = self._shared_router(adapter, index)(features, tasks)
+                    if tasks is None:
+                        self.context.decisions[adapter, index] = decision
+                    self._note_shared(branch, decision, tasks, reads_prompt=True)
 
-    def _route_pooled(
-        self, adapter: str, index: int, branch: BranchConfig, features: Tensor, tasks: Tensor | None
+    def _decide_for_tasks(
+        self, adapter: str, index: int, branch: BranchConfig, tasks: Tensor | None, *, training: bool
+    ) -> Decision:
+        """What a shared router decides where the tasks are named; one that reads prompts is overridden by them."""
+        if branch.granularity == Granularity.SEQUENCE:
+            assert tasks is not None
+            return own_gates(tasks, branch.gates)
+        router = self._shared_router(adapter, index)
+        return router(torch.empty(0), tasks) if training else router.settled(tasks)
+
+    def _note_shared(
+        self, branch: BranchConfig, decision: Decision, tasks: Tensor | None, *, reads_prompt: bool
     ) -> None:
-        shared = self.loramux_routers[adapter]
-        assert isinstance(shared, nn.ModuleDict)
-        decision = shared[str(index)](features, tasks)
-        if tasks is None:
-            self.context.decisions[adapter, index] = decision.weights
-        else:
-            assert branch.router is not None
-            self.context.shared_losses.append(branch.router.label_loss * label_loss(decision, tasks))
-        if self.context.statistics is not None:
-            self.context.statistics.add("prompt", decision.weights, None, tasks)
+        """Note a shared decision for losses and statistics."""
+        assert branch.router is not None
+        learns = self.context.recording and (reads_prompt or branch.granularity == Granularity.TASK)
+        if learns and (tasks is not None or not branch.router.learns_labels):
+            loss = branch.router.loss(decision, None, tasks)
+            if loss is not None:
+                self.context.shared_losses.append(loss)
+        if self.context.statistics is not None and (reads_prompt or branch.granularity == Granularity.TASK):
+            where = "prompt" if reads_prompt else "model"
+            self.context.statistics.add(where, decision.weights, None, tasks)
 
     def _learns_labels(self, branch: BranchConfig) -> bool:
         in_stage = self.stage is None or "router" in self.stage.train
-        return bool(self.context.recording and in_stage and branch.router and branch.router.label_loss)
+        return bool(self.context.recording and in_stage and branch.router and branch.router.learns_labels)
+
+    def _shared_branches(self, adapter: str) -> Iterator[tuple[int, BranchConfig]]:
+        """The branches whose router is shared by the whole model, with their index."""
+        for index, branch in enumerate(self._methods[adapter].branches):
+            if branch.router is not None and branch.router.shared:
+                yield index, branch
+
+    def _shared_router(self, adapter: str, index: int) -> Router:
+        shared = self.loramux_routers[adapter]
+        assert isinstance(shared, nn.ModuleDict)
+        router = shared[str(index)]
+        assert isinstance(router, Router)
+        return router
+
+    def _fit_prompt_prototypes(self, adapter: str, prompts: Callable[[], Iterable[Mapping[str, Tensor]]]) -> None:
+        """Set the prototypes of shared routers to the mean pooled prompt of each task."""
+        scorers = [self._shared_router(adapter, index).scorer for index, _ in self._shared_branches(adapter)]
+        prototypes = [scorer for scorer in scorers if isinstance(scorer, Prototypes)]
+        if not prototypes:
+            return
+        sums = torch.zeros(len(self.tasks), hidden_size(self.model), device=self.model.device)
+        for batch in prompts():
+            pooled = nn.functional.normalize(self._pool_prompt(batch["input_ids"], dict(batch), batch["routing_mask"]))
+            sums.index_add_(0, batch["routing_tasks"].to(sums.device), pooled)
+        for scorer in prototypes:
+            scorer.directions.copy_(nn.functional.normalize(sums))
 
     def _pool_prompt(self, inputs: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor:
         with self.bypassed():
@@ -431,10 +520,9 @@ class LoramuxModel(BaseTuner):
     def _add_shared_routers(self, adapter: str) -> None:
         config: LoramuxConfig = self.peft_config[adapter]
         shared = nn.ModuleDict()
-        for index, branch in enumerate(self._methods[adapter].branches):
-            if branch.router is not None and branch.router.shared:
-                dims = RouterDims(hidden_size(self.model), len(config.tasks), branch.gates)
-                shared[str(index)] = Router(branch.router, dims)
+        for index, branch in self._shared_branches(adapter):
+            assert branch.router is not None
+            shared[str(index)] = Router(branch.router, hidden_size(self.model), len(config.tasks), branch.gates)
         if len(shared):
             if adapter in self.loramux_routers:
                 copy_leading_rows(self.loramux_routers[adapter], shared)
@@ -463,10 +551,6 @@ class LoramuxModel(BaseTuner):
     def _active_branches(self) -> list[BranchConfig]:
         names = list(self.context.adapter_rows) if self.context.adapter_rows else self.active_adapters
         return [branch for name in names if name in self._methods for branch in self._methods[name].branches]
-
-
-def _one_hot(tasks: Tensor, branch: BranchConfig) -> Tensor:
-    return nn.functional.one_hot(tasks, branch.gates).float()
 
 
 register(LoramuxModel)

@@ -1,5 +1,6 @@
 """One adapted linear: the frozen layer plus the branches of the active adapters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +8,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..routing import Granularity, RoutingContext
+from ..routing import Decision, Granularity, RoutingContext
 from ..support.errors import AdapterError
-from .branch import Branch, add_product
+from .branch import Branch, BranchConfig, add_product
 from .low_rank import LowRank
-from .registry import MethodConfig
 
 
 class LoramuxLinear(nn.Module, BaseTunerLayer):
@@ -40,13 +40,22 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         self._merged_factors: list[LowRank] = []
         self.in_features, self.out_features = _features(self.get_base_layer(), name)
 
-    def update_layer(self, adapter: str, method: MethodConfig, tasks: int, inference_mode: bool = False) -> None:
-        """Give `adapter` the branches of `method`; where it had some, their values stay in the leading rows."""
+    def update_layer(
+        self, adapter: str, branches: Sequence[BranchConfig], tasks: int, inference_mode: bool = False
+    ) -> None:
+        """Give `adapter` its branches here; where it had some, their values stay in the leading rows.
+
+        Raises:
+            AdapterError: when a branch cannot serve a linear of these sizes.
+        """
         before = self.branches(adapter)
-        self.loramux_branches[adapter] = nn.ModuleList(
-            Branch(branch, self.in_features, self.out_features, tasks, index)
-            for index, branch in enumerate(method.branches)
-        )
+        try:
+            self.loramux_branches[adapter] = nn.ModuleList(
+                Branch(branch, self.in_features, self.out_features, tasks, index)
+                for index, branch in enumerate(branches)
+            )
+        except ValueError as error:
+            raise AdapterError(f"{self.name}: {error}") from None
         for old, new in zip(before, self.branches(adapter), strict=False):
             copy_leading_rows(old, new)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -78,7 +87,11 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         Raises:
             AdapterError: when there is no such LoRA, because the weights depend on the input.
         """
-        pairs = [branch.materialise(self._constant_weight(branch, adapter)) for branch in self.branches(adapter)]
+        tasks = self.context.named_tasks.get(adapter)
+        pairs = [
+            branch.materialise(self._constant_decision(branch, adapter, tasks), tasks)
+            for branch in self.branches(adapter)
+        ]
         return LowRank(torch.cat([down[0] for down, _ in pairs]), torch.cat([up[0] for _, up in pairs]).T)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -113,24 +126,23 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
     def _oriented(self, delta: Tensor) -> Tensor:
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
-    def _constant_weight(self, branch: Branch, adapter: str) -> Tensor | None:
-        tasks = self.context.named_tasks.get(adapter)
+    def _constant_decision(self, branch: Branch, adapter: str, tasks: Tensor | None) -> Decision | None:
         granularity = branch.config.granularity
-        if granularity == Granularity.FIXED:
-            return None
         if granularity == Granularity.TOKEN:
             raise AdapterError(
                 f"adapter {adapter!r} routes every token by itself, so it is not one weight update and cannot be "
                 "merged; `loramux export` fits and measures a plain LoRA per task"
             )
-        if tasks is None or len(tasks) != 1:
+        if granularity > Granularity.FIXED and (tasks is None or len(tasks) != 1):
             raise AdapterError(
                 f"adapter {adapter!r} has a different weight update for each task: merge it inside "
                 "`with hub.routing(tasks='NAME'):`"
             )
+        if branch.config.router is None:
+            return None
         if branch.router is None:
-            return nn.functional.one_hot(tasks, branch.config.gates).to(branch.bank.down.dtype)
-        return branch.router(torch.empty(0), tasks).weights
+            return self.context.named_decisions[adapter, branch.index]
+        return branch.router.settled(tasks)
 
     def _add_active(self, output: Tensor, x: Tensor) -> Tensor:
         for adapter in self.active_adapters:

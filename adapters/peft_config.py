@@ -79,7 +79,7 @@ class LoramuxConfig(PeftConfig):
         Raises:
             ConfigError: for an unknown method, an unknown option or a value out of range.
         """
-        return method_config(self.method, num_tasks=max(len(self.tasks), 1), options=self.options)
+        return method_config(self.method, tasks=self.tasks or ["all"], options=self.options)
 
 
 def register(model_class: type) -> None:

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Literal
@@ -15,6 +15,13 @@ from ..support.config import config
 from ..support.errors import ConfigError, did_you_mean
 from .branch import BranchConfig
 
+TaskNames = tuple[str, ...]
+
+
+def numbered_tasks(count: int) -> TaskNames:
+    """Names for tasks that have none yet."""
+    return tuple(f"task{number}" for number in range(1, count + 1))
+
 
 @config
 class StageConfig:
@@ -24,22 +31,44 @@ class StageConfig:
         name: shown in logs.
         share: part of all steps, relative to the other stages.
         train: which parameters move.
+        route: `task` sends every row to its own task's expert, whatever the router says, so that experts train alone.
         reduction: `token` averages the loss over all answer tokens of the batch; `task` sums each task's own mean, so
             that experts of different tasks train as they would alone.
+        preferences: a blend of tasks is drawn at every step, which both routes every row and weights the tasks' losses.
+            `annealed` goes from even blends to single tasks; `uniform` draws from the whole simplex.
+        consistency: weight of the divergence between two passes whose routers draw at random anew.
+        after: what happens to the adapter when the stage has ended. `average_experts` makes all experts their mean,
+            `reset_experts` makes them new, `fit_prototypes` sets the prototypes of routers that have some.
     """
 
     name: str = "train"
     share: float = 1.0
     train: tuple[Literal["experts", "router"], ...] = ("experts", "router")
+    route: Literal["learned", "task"] = "learned"
     reduction: Literal["token", "task"] = "token"
+    preferences: Literal["annealed", "uniform"] | None = None
+    consistency: float = 0.0
+    after: tuple[Literal["average_experts", "reset_experts", "fit_prototypes"], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """What a preset builds: the branches at every adapted linear, and the stages that train them."""
+    """What a preset builds.
+
+    Attributes:
+        branches: at every adapted linear.
+        stages: that train them, one after the other.
+        by_depth: where layers differ, the branches of each section of the model from its input to its output; the
+            sections hold equally many layers, and their branches differ in sizes alone.
+    """
 
     branches: tuple[BranchConfig, ...]
     stages: tuple[StageConfig, ...] = field(default=(StageConfig(),))
+    by_depth: tuple[tuple[BranchConfig, ...], ...] = ()
+
+    def at(self, depth: float) -> tuple[BranchConfig, ...]:
+        """The branches of a linear at `depth`, which is 0 at the first layer and below 1."""
+        return self.by_depth[int(depth * len(self.by_depth))] if self.by_depth else self.branches
 
     @property
     def granularity(self) -> Granularity:
@@ -57,7 +86,7 @@ class Method:
 
     Attributes:
         name: the paper's name in lower case.
-        build: `build(num_tasks, **options) -> MethodConfig`; its keyword defaults are the paper's.
+        build: `build(tasks, **options) -> MethodConfig`, where `tasks` are names; its keyword defaults are the paper's.
         paper: where it comes from.
     """
 
@@ -105,7 +134,7 @@ def methods() -> Mapping[str, Method]:
     return dict(sorted(_METHODS.items()))
 
 
-def method_config(name: str, *, num_tasks: int, options: Mapping[str, Any] | None = None) -> MethodConfig:
+def method_config(name: str, *, tasks: Sequence[str], options: Mapping[str, Any] | None = None) -> MethodConfig:
     """Build a method.
 
     Raises:
@@ -117,7 +146,7 @@ def method_config(name: str, *, num_tasks: int, options: Mapping[str, Any] | Non
         if option not in method.options():
             raise ConfigError(f"method {name!r}: unknown option {option!r}; {did_you_mean(option, method.options())}")
     try:
-        return method.build(num_tasks, **given)
+        return method.build(tuple(tasks), **given)
     except pydantic.ValidationError as error:
         faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']} (got {fault['input']!r})" for fault in error.errors())
         raise ConfigError(f"method {name!r}: {faults}") from None

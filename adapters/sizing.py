@@ -1,27 +1,39 @@
 """How large an adapter is, and which plain LoRA is as large."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
-from ..routing import Router, RouterDims
+from ..routing import Router
 from .branch import Branch
 from .hub import LoramuxModel
 from .registry import MethodConfig
 
-Shapes = Iterable[tuple[int, int]]
+
+@dataclass(frozen=True)
+class Linear:
+    """An adapted linear, as far as an adapter's size depends on it; `depth` is 0 at the first layer and below 1."""
+
+    in_features: int
+    out_features: int
+    depth: float = 0.0
 
 
-def count_parameters(method: MethodConfig, shapes: Shapes, *, tasks: int, hidden_size: int) -> int:
-    """Trainable parameters of a method on linears of `shapes` (in, out), counted on modules without memory."""
+def count_parameters(method: MethodConfig, linears: Iterable[Linear], *, tasks: int, hidden_size: int) -> int:
+    """Trainable parameters of a method on such linears, counted on modules without memory.
+
+    Raises:
+        ValueError: when the method cannot serve one of them.
+    """
     with torch.device("meta"):
         layers = [
-            Branch(branch, in_features, out_features, tasks)
-            for in_features, out_features in shapes
-            for branch in method.branches
+            Branch(branch, linear.in_features, linear.out_features, tasks)
+            for linear in linears
+            for branch in method.at(linear.depth)
         ]
         shared = [
-            Router(branch.router, RouterDims(hidden_size, tasks, branch.gates))
+            Router(branch.router, hidden_size, tasks, branch.gates)
             for branch in method.branches
             if branch.router is not None and branch.router.shared
         ]
@@ -33,11 +45,10 @@ def adapter_parameters(hub: LoramuxModel) -> int:
     return sum(p.numel() for group in hub.grouped_parameters().values() for _, p in group)
 
 
-def adapted_shapes(hub: LoramuxModel) -> list[tuple[int, int]]:
-    """(in, out) of every adapted linear."""
-    return [(layer.in_features, layer.out_features) for layer in hub.layers().values()]
+def adapted_linears(hub: LoramuxModel) -> list[Linear]:
+    return [Linear(layer.in_features, layer.out_features, hub.depth_of(name)) for name, layer in hub.layers().items()]
 
 
-def matched_lora_rank(parameters: int, shapes: Shapes) -> int:
-    """The rank at which a plain LoRA on linears of `shapes` has the nearest number of parameters."""
-    return max(1, round(parameters / sum(map(sum, shapes))))
+def matched_lora_rank(parameters: int, linears: Iterable[Linear]) -> int:
+    """The rank at which a plain LoRA on such linears has the nearest number of parameters."""
+    return max(1, round(parameters / sum(linear.in_features + linear.out_features for linear in linears)))

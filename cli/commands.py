@@ -11,7 +11,7 @@ import datasets
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from ..adapters import ExportConfig, Method, find_method, method_config
+from ..adapters import ExportConfig, Method, find_method, method_config, numbered_tasks
 from ..adapters import methods as all_methods
 from ..bases import BUNDLED, write_base
 from ..support.console import say, show_table
@@ -160,12 +160,12 @@ def _method_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _method_row(method: Method, shapes: BaseShapes, tasks: int, rank: int | None) -> list[str]:
     options = {"rank": rank} if rank is not None and "rank" in method.options() else {}
-    paper = method.paper.split(",")[0]
+    paper, names = method.paper.split(",")[0], numbered_tasks(tasks)
     try:
-        built = method_config(method.name, num_tasks=tasks, options=options)
+        built = method_config(method.name, tasks=names, options=options)
+        parameters = shapes.count(method.name, options, names)
     except ConfigError as error:
         return [method.name, "-", "-", str(error).removeprefix(f"method {method.name!r}: "), "-", "-", paper]
-    parameters = shapes.count(method.name, options, tasks)
     shown = {**method.options(), **options}
     return [
         method.name,
@@ -179,7 +179,7 @@ def _method_row(method: Method, shapes: BaseShapes, tasks: int, rank: int | None
 
 
 def _tell_about(method: Method) -> None:
-    built = method_config(method.name, num_tasks=2)
+    built = method_config(method.name, tasks=numbered_tasks(2))
     export = "exact" if built.exports_exactly else "fitted and measured"
     say(f"{method.name}: {method.paper}\nrouted by {built.granularity.name.lower()}; export: {export}\n")
     say(inspect.getdoc(method.build) or "")

@@ -7,33 +7,88 @@ if __name__ == "routing":
     )
 
 from .context import RoutingContext, prompt_mask
-from .decision import Decision, Granularity
-from .losses import balance_loss, label_loss
-from .normalisers import Argmax, Normaliser, SigmoidTopK, Softmax, TopK
+from .decision import Decision, Granularity, own_gates
+from .losses import BalanceLoss, BudgetLoss, LabelLoss, LocalBalanceLoss, Penalty, RouterLoss, balance_loss, label_loss
+from .normalisers import (
+    Argmax,
+    DSelectK,
+    GumbelSoftmax,
+    Identity,
+    NoisyStep,
+    Normaliser,
+    RandomOne,
+    SigmoidShare,
+    SigmoidTopK,
+    Softmax,
+    Threshold,
+    TopK,
+)
 from .router import Router, RouterConfig, update_selection_biases
-from .scorers import PooledPrompt, RouterDims, Scorer, TaskTable, TokenLinear
+from .scorers import (
+    Constant,
+    FixedTable,
+    OwnScore,
+    OwnTokenGate,
+    PooledPrompt,
+    PromptPrototypes,
+    Prototypes,
+    RouterDims,
+    Scorer,
+    TaskEmbedding,
+    TaskTable,
+    TokenAndTask,
+    TokenLinear,
+    TokenPerceptron,
+    TokenPrototypes,
+    identity_rows,
+)
 from .statistics import LayerUsage, RoutingStatistics
 
 __all__ = [
     "Argmax",
+    "BalanceLoss",
+    "BudgetLoss",
+    "Constant",
+    "DSelectK",
     "Decision",
+    "FixedTable",
     "Granularity",
+    "GumbelSoftmax",
+    "Identity",
+    "LabelLoss",
     "LayerUsage",
+    "LocalBalanceLoss",
+    "NoisyStep",
     "Normaliser",
+    "OwnScore",
+    "OwnTokenGate",
+    "Penalty",
     "PooledPrompt",
+    "PromptPrototypes",
+    "Prototypes",
+    "RandomOne",
     "Router",
     "RouterConfig",
     "RouterDims",
+    "RouterLoss",
     "RoutingContext",
     "RoutingStatistics",
     "Scorer",
+    "SigmoidShare",
     "SigmoidTopK",
     "Softmax",
+    "TaskEmbedding",
     "TaskTable",
+    "Threshold",
+    "TokenAndTask",
     "TokenLinear",
+    "TokenPerceptron",
+    "TokenPrototypes",
     "TopK",
     "balance_loss",
+    "identity_rows",
     "label_loss",
+    "own_gates",
     "prompt_mask",
     "update_selection_biases",
 ]

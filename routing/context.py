@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..support.errors import AdapterError
-from .decision import Decision
-from .losses import balance_loss, masked_mean
+from .decision import Decision, Granularity
+from .losses import masked_mean
 from .router import Router
 from .statistics import RoutingStatistics
 
@@ -26,11 +26,13 @@ class RoutingContext:
     """What the layers need to know about the current call.
 
     Attributes:
-        tasks: per adapter, `(batch,)` task ids of the latest call.
-        named_tasks: per adapter, the task ids that a surrounding `hub.routing` block names.
-        decisions: per adapter and branch, `(batch, gates)` weights decided once for the whole model.
+        tasks: per adapter, task ids `(batch,)` or blends of tasks `(batch, tasks)` of the latest call.
+        named_tasks: per adapter, the tasks that a surrounding `hub.routing` block names.
+        decisions: per adapter and branch, what was decided once for the whole model, on `(batch, gates)`.
+        named_decisions: the same for the tasks that a surrounding `hub.routing` block names.
         token_mask: `(batch, tokens)`, true for real tokens.
         adapter_rows: for mixed batches, the rows each adapter serves.
+        own_experts: every row goes to the expert of its own task, whatever routers would say.
         bypass: run the frozen base alone.
         static_factors: plain LoRA factors per layer that stand in for the adapters.
         observer: called with layer name, input and delta of every adapted layer.
@@ -40,9 +42,11 @@ class RoutingContext:
 
     tasks: dict[str, Tensor] = field(default_factory=dict)
     named_tasks: dict[str, Tensor] = field(default_factory=dict)
-    decisions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    decisions: dict[tuple[str, int], Decision] = field(default_factory=dict)
+    named_decisions: dict[tuple[str, int], Decision] = field(default_factory=dict)
     token_mask: Tensor | None = None
     adapter_rows: dict[str, Tensor] | None = None
+    own_experts: bool = False
     bypass: bool = False
     recording: bool = False
     layer_losses: list[Tensor] = field(default_factory=list)
@@ -61,8 +65,8 @@ class RoutingContext:
         fits = self.token_mask is not None and self.token_mask.shape == x.shape[:-1]
         return self.token_mask if fits else None
 
-    def shared_decision(self, adapter: str, branch: int) -> Tensor:
-        """The weights `(batch, gates)` decided once for the whole model.
+    def shared_decision(self, adapter: str, branch: int) -> Decision:
+        """What was decided once for the whole model, on `(batch, gates)`.
 
         Raises:
             AdapterError: when nothing was decided, because the model was called past its hub.
@@ -77,16 +81,16 @@ class RoutingContext:
     def record(self, layer: str, router: Router, decision: Decision, x: Tensor, tasks: Tensor | None) -> None:
         """Note a per-layer decision for losses, balance and statistics."""
         mask = self.mask_for(x)
-        if self.statistics is not None:
+        if self.statistics is not None and router.granularity > Granularity.FIXED:
             self.statistics.add(layer, decision.weights, mask, tasks)
         if not router.training:
             return
-        if router.config.balance_loss:
-            # Computed in the recomputation of a checkpointed block too, which must repeat the forward pass exactly.
-            loss = router.config.balance_loss * balance_loss(decision, mask)
-            if self.recording:
-                self.layer_losses.append(loss)
+        mask = mask if router.granularity == Granularity.TOKEN else None
+        # Computed in the recomputation of a checkpointed block too, which must repeat the forward pass exactly.
+        loss = router.config.loss(decision, mask, tasks)
         if self.recording:
+            if loss is not None:
+                self.layer_losses.append(loss)
             router.count_load(decision.weights, mask)
 
 
@@ -105,6 +109,37 @@ def prompt_mask(attention_mask: Tensor, labels: Tensor | None) -> Tensor:
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean of `(batch, tokens, width)` over the tokens of `mask`, in float32."""
     return torch.stack([masked_mean(row, keep) for row, keep in zip(hidden.float(), mask, strict=True)])
+
+
+def resolve_tasks(tasks: object, names: list[str], device: torch.device | str = "cpu") -> Tensor:
+    """Task ids `(batch,)`, or blends of tasks `(batch, tasks)`.
+
+    Args:
+        tasks: names or ids of the rows, or one for all; a blend as `{name: share}`, or shares `(batch, tasks)`.
+
+    Raises:
+        AdapterError: for a name or an id that is not among `names`, or shares that are negative or do not sum to one.
+    """
+    if isinstance(tasks, Mapping):
+        ids = task_ids(list(tasks), names, device)
+        shares = torch.zeros(1, len(names), device=device)
+        shares[0, ids] = torch.tensor(list(tasks.values()), dtype=torch.float32, device=device)
+        return _checked_shares(shares)
+    if isinstance(tasks, Tensor) and tasks.is_floating_point():
+        shares = tasks.to(device).reshape(-1, tasks.shape[-1])
+        if shares.shape[-1] != len(names):
+            raise AdapterError(f"a blend of tasks has {len(names)} shares, one per task; got {shares.shape[-1]}")
+        return _checked_shares(shares)
+    return task_ids(tasks, names, device)
+
+
+def _checked_shares(shares: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        if bool((shares < 0).any()):
+            raise AdapterError(f"the shares of a blend of tasks must not be negative, got {shares.tolist()}")
+        if bool(((shares.sum(-1) - 1).abs() > 1e-4).any()):
+            raise AdapterError(f"the shares of a blend of tasks must sum to one, got {shares.sum(-1).tolist()}")
+    return shares
 
 
 def task_ids(tasks: object, names: list[str], device: torch.device | str = "cpu") -> Tensor:

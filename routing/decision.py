@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 
@@ -21,10 +22,27 @@ class Decision:
 
     Attributes:
         weights: `(..., gates)`, zero where a gate is closed.
-        scores: `(..., gates)`, raw scores before normalisation.
-        probabilities: `(..., gates)`, the soft distribution behind the weights; rows sum to one.
+        scores: `(..., scores)`, raw scores before normalisation.
+        probabilities: `(..., gates)`, the soft distribution behind the weights; rows sum to one where the normaliser
+            makes a distribution.
+        penalty: `(...)`, what the normaliser would rather have at zero (an entropy, a size); None where it is content.
+        active: the most gates that are open at once; None where all may be.
     """
 
     weights: Tensor
     scores: Tensor
     probabilities: Tensor
+    penalty: Tensor | None = None
+    active: int | None = None
+
+
+def own_gates(tasks: Tensor, gates: int) -> Decision:
+    """Every row takes the gate of its own task, or blends the gates as its tasks are blended.
+
+    Args:
+        tasks: ids `(batch,)` or blends `(batch, tasks)`; there is one gate per task.
+    """
+    if tasks.dim() == 2:
+        return Decision(tasks, tasks, tasks)
+    shares = torch.nn.functional.one_hot(tasks, gates).float()
+    return Decision(shares, shares, shares, active=1)

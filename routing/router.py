@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .decision import Decision, Granularity
+from .losses import LabelLoss, RouterLoss
 from .normalisers import Normaliser
 from .scorers import RouterDims, Scorer
 
@@ -20,19 +21,33 @@ class RouterConfig:
         scorer: what the weights depend on.
         normaliser: how scores become weights.
         shared: one decision for the whole model instead of one per adapted linear.
-        balance_loss: weight of the Switch load-balancing loss, averaged over layers.
-        label_loss: weight of the cross-entropy between scores and task labels.
+        groups: number of independent decisions side by side, each over its share of the gates (MHR's splits).
+        losses: what decisions cost in training, averaged over layers.
     """
 
     scorer: Scorer
     normaliser: Normaliser
     shared: bool = False
-    balance_loss: float = 0.0
-    label_loss: float = 0.0
+    groups: int = 1
+    losses: tuple[RouterLoss, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.shared != (self.scorer.granularity == Granularity.SEQUENCE):
-            raise ValueError("a router is shared by the whole model exactly when it decides once per sequence")
+        if self.scorer.granularity == Granularity.SEQUENCE and not self.shared:
+            raise ValueError("a router that decides once per sequence must be shared by the whole model")
+        if self.scorer.granularity == Granularity.TOKEN and self.shared:
+            raise ValueError("a router of tokens cannot be shared by the whole model")
+
+    @property
+    def learns_labels(self) -> bool:
+        return any(isinstance(loss, LabelLoss) for loss in self.losses)
+
+    def num_scores(self, gates: int) -> int:
+        return self.groups * self.normaliser.num_scores(gates // self.groups)
+
+    def loss(self, decision: Decision, mask: Tensor | None, tasks: Tensor | None) -> Tensor | None:
+        """The weighted sum of the losses of decisions; None where there are none."""
+        parts = [loss.weight * loss(decision, mask, tasks) for loss in self.losses if loss.weight]
+        return torch.stack(parts).sum() if parts else None
 
 
 class Router(nn.Module):
@@ -40,17 +55,18 @@ class Router(nn.Module):
 
     Args:
         config: scorer, normaliser and losses.
-        dims: input width, number of tasks and of gates.
+        in_features: width of what it reads.
+        tasks, gates: their numbers.
     """
 
     selection_bias: Tensor | None
 
-    def __init__(self, config: RouterConfig, dims: RouterDims) -> None:
+    def __init__(self, config: RouterConfig, in_features: int, tasks: int, gates: int) -> None:
         super().__init__()
         self.config = config
-        self.scorer = config.scorer.build(dims)
-        balanced = config.normaliser.balance_rate > 0
-        self.register_buffer("selection_bias", torch.zeros(dims.gates) if balanced else None)
+        self.scorer = config.scorer.build(RouterDims(in_features, tasks, config.num_scores(gates)))
+        balanced = config.normaliser.bias_step > 0
+        self.register_buffer("selection_bias", torch.zeros(gates) if balanced else None)
         # Not a buffer: DDP would overwrite each process's counts with those of the first.
         self._load: Tensor | None = None
 
@@ -63,12 +79,16 @@ class Router(nn.Module):
 
         Args:
             x: `(..., in_features)`, tokens or pooled prompts; unused by task tables.
-            tasks: `(batch,)` task ids, or None.
+            tasks: `(batch,)` task ids, `(batch, tasks)` blends of tasks, or None.
 
         Returns:
             A decision with weights `(..., gates)`, or `(batch, gates)` from a task table.
         """
-        return self.config.normaliser(self.scorer(x, tasks), self.selection_bias)
+        return self._normalise(self.scorer(x, tasks), self.training)
+
+    def settled(self, tasks: Tensor | None) -> Decision:
+        """What is decided for tasks, on `(batch, gates)`, where chance takes no part and no input is read."""
+        return self._normalise(self.scorer(torch.empty(0), tasks), False)
 
     def count_load(self, weights: Tensor, mask: Tensor | None) -> None:
         """Add which gates opened for the tokens of a training step; `update_selection_biases` uses the counts."""
@@ -85,6 +105,13 @@ class Router(nn.Module):
         load, self._load = self._load, None
         return load
 
+    def _normalise(self, scores: Tensor, training: bool) -> Decision:
+        if self.config.groups == 1:
+            return self.config.normaliser(scores, self.selection_bias, training)
+        decision = self.config.normaliser(scores.unflatten(-1, (self.config.groups, -1)), None, training)
+        penalty = decision.penalty.sum(-1) if decision.penalty is not None else None
+        return Decision(decision.weights.flatten(-2), scores, decision.probabilities.flatten(-2), penalty)
+
 
 @torch.no_grad()
 def update_selection_biases(routers: Iterable[Router]) -> None:
@@ -100,4 +127,4 @@ def update_selection_biases(routers: Iterable[Router]) -> None:
         dist.all_reduce(loads)
     for (router, _), load in zip(counted, loads.split([len(load) for _, load in counted]), strict=True):
         assert router.selection_bias is not None
-        router.selection_bias += router.config.normaliser.balance_rate * torch.sign(load.mean() - load)
+        router.selection_bias += router.config.normaliser.bias_step * torch.sign(load.mean() - load)

@@ -50,7 +50,7 @@ class RoutingStatistics:
             layer: the name of the adapted module, or of the shared router.
             weights: `(batch, ..., gates)`.
             mask: `(batch, ...)`, true for real tokens.
-            tasks: `(batch,)` task ids, or None.
+            tasks: `(batch,)` task ids, `(batch, tasks)` blends (counted where they are largest), or None.
         """
         batch, gates = weights.shape[0], weights.shape[-1]
         rows = len(self.tasks)
@@ -60,6 +60,7 @@ class RoutingStatistics:
         share = weights / weights.sum(-1, keepdim=True).clamp(min=1e-12)
         entropy = -(share * share.clamp(min=1e-12).log()).sum(-1) * counted
         index = torch.zeros(1, dtype=torch.long) if tasks is None else tasks
+        index = index if index.dim() == 1 else index.argmax(-1)
         index = index.repeat_interleave(batch // len(index)).to(weights.device)  # beams lie next to each other
         usage = self.layers.setdefault(
             layer, LayerUsage(torch.zeros(rows, gates), torch.zeros(rows), torch.zeros(rows))

@@ -9,23 +9,77 @@ from loramux.adapters import LoramuxConfig
 TASKS = ["who", "where", "when"]
 
 CASES: dict[str, dict] = {
+    "alter": {"rank": 4},
+    "arrow": {"rank": 4, "top_k": 2},
+    "clp": {"rank": 4},
+    "comol": {"rank": 4, "experts": 3},
+    "distil_gate": {"rank": 4, "hidden": 8},
+    "dselect_k": {"rank": 4, "experts": 3, "top_k": 2},
     "hydralora": {"rank": 4, "experts": 3},
     "lora": {"rank": 4},
+    "loramoe": {"rank": 4, "experts": 4, "knowledge_tasks": ["who"]},
+    "loretta": {"rank": 4, "train_rank": 3, "order": 2},
+    "madx": {"rank": 4, "language_rank": 4, "languages": {"who": "en", "where": "en", "when": "de"}},
+    "mhr": {"rank": 4, "skills": 3, "splits": 4},
     "moa": {"rank": 4},
+    "moelora": {"rank": 4, "experts": 3},
+    "mola": {"rank": 4, "experts": [2, 4], "top_k": 2},
     "molora": {"rank": 4, "experts": 4, "top_k": 2},
+    "mosa": {"rank": 8, "modules": 2},
+    "mtl_lora": {"rank": 4, "dropout": 0.0},
+    "mtlora": {"rank": 4, "task_rank": 2, "dropout": 0.0},
     "multilora": {"rank": 4, "experts": 3, "dropout": 0.0},
+    "palora": {"rank": 4, "shared_rank": 4},
+    "poly": {"rank": 4, "skills": 3, "alpha": 4.0},
+    "router_retriever": {"rank": 4},
+    "scalearn": {"rank": 4},
+    "skillnet": {"rank": 4, "skills": {"who": ["a", "b"], "where": ["b"], "when": ["c"]}},
     "smora": {"rank": 16, "top_k": 4, "balance_rate": 1e-3},
+    "taps": {"rank": 4},
+    "task_aware_moe": {"rank": 4, "experts": 4, "top_k": 2},
+    "task_moe": {"rank": 4, "experts": 3},
+    "tensorpoly": {"rank": 4, "skills": 3, "order": 2, "alpha": 4.0},
+    "tlora": {"rank": 4, "terms": 3, "order": 2, "alpha": 4.0},
 }
 
 # The options at which a method has a single expert that is always fully on: it must then be plain LoRA.
 ONE_EXPERT: dict[str, dict] = {
+    "alter": {"rank": 4},
+    "arrow": {"rank": 4, "top_k": 1},
+    "clp": {"rank": 4},
+    "comol": {"rank": 4, "experts": 1},
+    "distil_gate": {"rank": 4, "hidden": 8},
+    "dselect_k": {"rank": 4, "experts": 1, "top_k": 1, "gamma": 1e-3},
     "hydralora": {"rank": 4, "experts": 1},
     "lora": {"rank": 4},
+    "loramoe": {"rank": 4, "experts": 1},
+    "loretta": {"rank": 4, "train_rank": 3, "order": 2, "alpha": 4.0},
+    "madx": {"rank": 4, "language_rank": 4},
+    "mhr": {"rank": 4, "skills": 1, "splits": 4},
     "moa": {"rank": 4},
+    "moelora": {"rank": 4, "experts": 1},
+    "mola": {"rank": 4, "experts": [1], "top_k": 1},
     "molora": {"rank": 4, "experts": 1, "top_k": 1},
+    "mosa": {"rank": 4, "modules": 1},
+    "mtl_lora": {"rank": 4, "experts": 1, "dropout": 0.0},
+    "mtlora": {"rank": 4, "task_rank": 2, "scaling": 1.0, "dropout": 0.0},
     "multilora": {"rank": 4, "experts": 1, "dropout": 0.0},
+    "palora": {"rank": 4, "shared_rank": 4},
+    "poly": {"rank": 4, "skills": 1, "alpha": 4.0},
+    "router_retriever": {"rank": 4},
+    "scalearn": {"rank": 4},
+    "skillnet": {"rank": 4, "skills": {"only": ["a"]}},
     "smora": {"rank": 4, "top_k": 4, "block_size": 4, "alpha": 4.0},
+    "taps": {"rank": 4},
+    "task_aware_moe": {"rank": 4, "experts": 1, "top_k": 1},
+    "task_moe": {"rank": 4, "experts": 1},
+    "tensorpoly": {"rank": 4, "skills": 1, "order": 2, "alpha": 4.0},
+    "tlora": {"rank": 4, "terms": 1, "order": 2, "alpha": 4.0},
 }
+
+
+# Methods whose routers draw at random in training, and never in evaluation.
+RANDOM_IN_TRAINING = {"distil_gate", "mosa", "poly", "task_moe"}
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -99,6 +153,17 @@ def trained(method: str, options: dict | None = None, **config) -> PeftModel:
         for name, parameter in model.named_parameters():
             if "loramux_" in name:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def with_random_experts(method: str, options: dict | None = None, **config) -> PeftModel:
+    """An adapter whose experts are random, and whose routers and cores are as at the start."""
+    model = adapted(method, options, **config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".bank." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training_cases import make_recipe, write_base, write_tasks
 
-from loramux.adapters import adapted_shapes, adapter_parameters, matched_lora_rank
+from loramux.adapters import adapted_linears, adapter_parameters, matched_lora_rank
 from loramux.bases import load_base
 from loramux.support.errors import ConfigError, RunError
 from loramux.training.compare import compare_methods, make_plan
@@ -83,7 +83,7 @@ def test_sizes_are_those_of_the_built_model(recipe: Recipe) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     hub = model.base_model
     assert contender.parameters == trained == adapter_parameters(hub)
-    assert matched_lora_rank(trained, adapted_shapes(hub)) == contender.matched_rank == 3
+    assert matched_lora_rank(trained, adapted_linears(hub)) == contender.matched_rank == 3
 
 
 @pytest.mark.parametrize(

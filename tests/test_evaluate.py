@@ -1,7 +1,7 @@
 """Questions put to a model: batched answers equal answers one by one, on one process or several."""
 
 import random
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import cases
@@ -14,10 +14,8 @@ from torch import nn
 from training_cases import NOUNS, write_base, write_tasks
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from loramux.adapters import BankConfig, BranchConfig, LoramuxModel, MethodConfig, register_method
-from loramux.adapters.registry import _METHODS
+from loramux.adapters import LoramuxModel
 from loramux.bases import load_base
-from loramux.routing import RouterConfig, Softmax, TaskTable
 from loramux.support.errors import AdapterError
 from loramux.tasks import EncodedTask, Task, encode_task, load_tasks
 from loramux.training import answers
@@ -113,11 +111,12 @@ def test_option_scores_equal_one_forward_per_option(build) -> None:
 def test_option_scores_follow_the_routing_of_every_prompt(method: str) -> None:
     model, (prompts, options) = routed(method), drawn_questions(1)
     options = [listed[:4] for listed in options]
-    found = Respondent(model, _Ends()).option_scores(prompts, options)
-    for prompt, listed, scores in zip(prompts, options, found, strict=True):
-        for option, score in zip(listed, scores, strict=True):
-            mask = torch.tensor([[True] * len(prompt) + [False] * len(option)])
-            assert score == pytest.approx(log_likelihood(model, prompt, option, routing_mask=mask), abs=1e-3)
+    with model.base_model.routing("where") if model.base_model.needs_task else nullcontext():
+        found = Respondent(model, _Ends()).option_scores(prompts, options)
+        for prompt, listed, scores in zip(prompts, options, found, strict=True):
+            for option, score in zip(listed, scores, strict=True):
+                mask = torch.tensor([[True] * len(prompt) + [False] * len(option)])
+                assert score == pytest.approx(log_likelihood(model, prompt, option, routing_mask=mask), abs=1e-3)
 
 
 def test_options_are_scored_in_blocks_that_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,21 +280,8 @@ def test_usage_of_token_routers_counts_every_real_token_once(base_folder: Path, 
     assert routing_usage(routed("lora"), tokenizer, encoded) is None
 
 
-@pytest.fixture
-def by_task() -> Iterator[str]:
-    @register_method("by_task_only", paper="none")
-    def build(num_tasks: int) -> MethodConfig:
-        router = RouterConfig(scorer=TaskTable(), normaliser=Softmax())
-        return MethodConfig(branches=(BranchConfig(bank=BankConfig(experts=2, rank=2), router=router),))
-
-    yield "by_task_only"
-    del _METHODS["by_task_only"]
-
-
-def test_a_method_routed_by_task_cannot_be_left_to_a_router(
-    by_task: str, base_folder: Path, encoded: list[EncodedTask]
-) -> None:
-    model = cases.adapted(by_task, options={}, tasks=[task.name for task in encoded])
+def test_a_method_routed_by_task_cannot_be_left_to_a_router(base_folder: Path, encoded: list[EncodedTask]) -> None:
+    model = cases.adapted("moelora", tasks=[task.name for task in encoded])
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     with pytest.raises(AdapterError, match="routed by task and has no router that reads prompts: name the task"):
         evaluate_tasks(model, tokenizer, encoded, routing="auto", limit=2)

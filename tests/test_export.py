@@ -18,7 +18,7 @@ from loramux.adapters.fit import distil, fit_factors
 from loramux.adapters.low_rank import rank_class, to_one_rank_class
 from loramux.support.errors import ExportRefused
 
-EXACT = [name for name in CASES if methods()[name].build(3).exports_exactly]
+EXACT = [name for name in CASES if methods()[name].build(tuple(TASKS)).exports_exactly]
 FITTED = [name for name in CASES if name not in EXACT]
 BASE = BaseIdentity("somebody/tiny-base", "abc123")
 

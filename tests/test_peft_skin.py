@@ -211,7 +211,7 @@ def test_the_prompt_decides_once_and_decoding_keeps_the_decision():
     with model.base_model.collect_statistics() as statistics:
         model.generate(prompts, max_new_tokens=6, do_sample=False)
     assert statistics.layers["prompt"].tokens.sum() == 3
-    chosen = model.base_model.context.decisions["default", 0].argmax(-1)
+    chosen = model.base_model.context.decisions["default", 0].weights.argmax(-1)
     named = model.generate(prompts, routing_tasks=chosen, max_new_tokens=6, do_sample=False)
     assert torch.equal(named, model.generate(prompts, max_new_tokens=6, do_sample=False))
 
@@ -221,9 +221,9 @@ def test_a_manual_decoding_loop_keeps_the_prompts_decision():
     prompt = a_batch(rows=2)["input_ids"]
     with torch.no_grad():
         first = model(input_ids=prompt, use_cache=True)
-        decision = model.base_model.context.decisions["default", 0].clone()
+        decision = model.base_model.context.decisions["default", 0].weights.clone()
         model(input_ids=prompt[:, :1], past_key_values=first.past_key_values, use_cache=True)
-    assert torch.equal(model.base_model.context.decisions["default", 0], decision)
+    assert torch.equal(model.base_model.context.decisions["default", 0].weights, decision)
 
 
 def test_a_row_that_is_all_answer_is_read_whole_so_the_router_still_learns():
@@ -249,7 +249,7 @@ def test_left_padding_and_answers_do_not_reach_the_prompt_router():
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
     mask = (padded != 0).long()
     model(input_ids=ids)
-    plain = model.base_model.context.decisions["default", 0].clone()
+    plain = model.base_model.context.decisions["default", 0].weights.clone()
     scores = []
     for call in ({"input_ids": padded, "attention_mask": mask}, {"input_ids": ids}):
         scores.append(model.base_model._pool_prompt(call["input_ids"], call, None))

@@ -11,7 +11,6 @@ from loramux.routing import (
     PooledPrompt,
     Router,
     RouterConfig,
-    RouterDims,
     RoutingStatistics,
     SigmoidTopK,
     Softmax,
@@ -72,7 +71,7 @@ def test_normalisers_refuse_settings_without_meaning(normaliser, arguments):
 
 def test_the_bias_moves_towards_the_gates_used_too_little():
     config = RouterConfig(scorer=TokenLinear(), normaliser=SigmoidTopK(k=1, balance_rate=0.01))
-    router = Router(config, RouterDims(4, 1, 3))
+    router = Router(config, 4, 1, 3)
     router.count_load(torch.tensor([[[1.0, 0, 0], [1.0, 0, 0], [0, 1.0, 0]]]), mask=None)
     update_selection_biases([router])
     torch.testing.assert_close(router.selection_bias, torch.tensor([-0.01, 0.0, 0.01]))
@@ -86,9 +85,7 @@ def test_padding_counts_for_nothing():
     decision = Decision(weights, weights, torch.tensor([[[0.9, 0.1], [0.9, 0.1], [0.1, 0.9]]]))
     short = Decision(weights[:, :2], weights[:, :2], decision.probabilities[:, :2])
     torch.testing.assert_close(balance_loss(decision, mask), balance_loss(short))
-    router = Router(
-        RouterConfig(scorer=TokenLinear(), normaliser=SigmoidTopK(k=1, balance_rate=0.1)), RouterDims(4, 1, 2)
-    )
+    router = Router(RouterConfig(scorer=TokenLinear(), normaliser=SigmoidTopK(k=1, balance_rate=0.1)), 4, 1, 2)
     router.count_load(weights, mask)
     assert router.take_load().tolist() == [2.0, 0.0]
     statistics = RoutingStatistics(["a"])
@@ -124,7 +121,7 @@ def test_effective_experts_count_the_gates_that_carry_the_traffic():
 
 
 def test_a_task_table_needs_the_task_and_gives_it_its_own_row():
-    router = Router(RouterConfig(scorer=TaskTable(init_std=1.0), normaliser=Softmax()), RouterDims(4, 3, 2))
+    router = Router(RouterConfig(scorer=TaskTable(init_std=1.0), normaliser=Softmax()), 4, 3, 2)
     weights = router(torch.empty(0), torch.tensor([2, 0, 2])).weights
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], weights[1])
@@ -134,7 +131,7 @@ def test_a_task_table_needs_the_task_and_gives_it_its_own_row():
 
 def test_a_pooled_prompt_router_can_have_a_hidden_layer():
     config = RouterConfig(scorer=PooledPrompt(hidden=6), normaliser=Argmax(), shared=True)
-    assert Router(config, RouterDims(4, 3, 3))(torch.randn(5, 4), None).weights.sum(-1).tolist() == [1.0] * 5
+    assert Router(config, 4, 3, 3)(torch.randn(5, 4), None).weights.sum(-1).tolist() == [1.0] * 5
 
 
 def test_the_prompt_is_what_comes_before_the_first_answer():
@@ -145,10 +142,10 @@ def test_the_prompt_is_what_comes_before_the_first_answer():
     assert prompt_mask(attention[1:], torch.tensor([[4, 5, 6, 7, 8]])).int().tolist() == [[0, 1, 1, 1, 1]]
 
 
-def test_a_router_is_shared_exactly_when_it_decides_per_sequence():
-    with pytest.raises(ValueError, match="shared by the whole model exactly when"):
+def test_sequences_are_decided_once_for_the_model_and_tokens_at_every_layer():
+    with pytest.raises(ValueError, match="a router of tokens cannot be shared"):
         RouterConfig(scorer=TokenLinear(), normaliser=Softmax(), shared=True)
-    with pytest.raises(ValueError, match="shared by the whole model exactly when"):
+    with pytest.raises(ValueError, match="once per sequence must be shared"):
         RouterConfig(scorer=PooledPrompt(), normaliser=Argmax())
 
 

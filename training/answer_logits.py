@@ -133,12 +133,24 @@ class Objective(nn.Module):
             token_weights: (N,) the weight of each answer token.
             auxiliary_weight: factor on the hub's auxiliary loss.
         """
-        with self._head.only_at(answers.positions):
-            logits = self.model(**inputs, **self._decoder_inputs(labels)).logits
-        losses = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), answers.targets, reduction="none")
+        logits = self._logits(inputs, labels, answers)
+        losses = F.cross_entropy(logits, answers.targets, reduction="none")
         auxiliary = self._auxiliary(losses)
+        if (consistency := self._consistency) > 0:
+            auxiliary = auxiliary + consistency * symmetric_kl(logits, self._logits(inputs, labels, answers))
         row_sums = losses.new_zeros(labels.shape[0]).index_add(0, answers.rows, losses.detach())
         return Losses((losses * token_weights).sum() + auxiliary_weight * auxiliary, row_sums, auxiliary.detach())
+
+    def _logits(self, inputs: dict[str, Any], labels: Tensor, answers: Answers) -> Tensor:
+        """(N, V), in float32."""
+        with self._head.only_at(answers.positions):
+            logits = self.model(**inputs, **self._decoder_inputs(labels)).logits
+        return logits.reshape(-1, logits.shape[-1]).float()
+
+    @property
+    def _consistency(self) -> float:
+        stage = getattr(self._hub[0], "stage", None)
+        return stage.consistency if stage is not None else 0.0
 
     def release(self) -> None:
         """Take the hook off the model again."""
@@ -153,6 +165,12 @@ class Objective(nn.Module):
         hub = self._hub[0]
         value = hub.auxiliary_loss() if hub is not None else None
         return losses.new_zeros(()) if value is None else value
+
+
+def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
+    """The mean of both divergences between two sets of logits (N, V), averaged over N."""
+    p, q = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
+    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
 
 
 def base_of(model: Any) -> Any:

@@ -79,9 +79,9 @@ class Respondent:
         if self._hub is None or not self._hub.routes_by_prompt:
             return None
         names, decisions = self._hub.tasks, list(self._hub.context.decisions.values())
-        if len(decisions) != 1 or decisions[0].shape[-1] != len(names):
+        if len(decisions) != 1 or decisions[0].weights.shape[-1] != len(names):
             return None
-        return [names[gate] for gate in decisions[0].argmax(-1).tolist()]
+        return [names[gate] for gate in decisions[0].weights.argmax(-1).tolist()]
 
     def _room(self, prompt: Tokens, max_new_tokens: int) -> int:
         return max_new_tokens if self._positions is None else max(1, min(max_new_tokens, self._positions - len(prompt)))

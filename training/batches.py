@@ -3,8 +3,8 @@
 Shapes: B rows, T tokens, N answer tokens, K tasks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -39,6 +39,11 @@ class MicroBatch:
     rows: Sequence[Row]
     token_counts: Tensor
     share: float
+
+    def blended(self, blend: Tensor) -> "MicroBatch":
+        """The same batch, every row of it routed by one blend of tasks (K,)."""
+        rows = blend.expand(len(self.tasks), -1)
+        return replace(self, inputs={**self.inputs, "routing_tasks": rows})
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
@@ -94,6 +99,13 @@ class MixtureBatches:
         return [
             self._build(rows, len(batch)) for rows in rows_of_process(batch, self.process, self.processes, self.parts)
         ]
+
+    def samples(self, count: int) -> Iterator[MicroBatch]:
+        """The first `count` training examples of every task, the same on every process."""
+        for task, encoded in enumerate(self.tasks):
+            rows = [(task, example) for example in range(min(count, len(encoded.splits["train"])))]
+            for start in range(0, len(rows), self.mixture.batch_size):
+                yield self._build(rows[start : start + self.mixture.batch_size], len(rows))
 
     def _build(self, rows: Sequence[Row], global_rows: int) -> MicroBatch:
         batch = collate([(task, self.tasks[task].splits["train"][example]) for task, example in rows], self.pad_id)

@@ -122,7 +122,7 @@ class _Sizes:
 
     def __init__(self, recipe: Recipe) -> None:
         self.shapes = shapes_of(recipe.base, recipe.method.target_modules)
-        self.tasks = len(read_task_configs(recipe.tasks))
+        self.tasks = _task_names(recipe)
 
     def contender(self, method: str, options: Mapping[str, Any]) -> Contender:
         parameters = self.shapes.count(method, options, self.tasks)
@@ -214,9 +214,13 @@ class _Comparing:
 
 def _last_stage(recipe: Recipe) -> StageSpan:
     """The steps whose best weights a run keeps."""
-    tasks, method = len(read_task_configs(recipe.tasks)), recipe.method
-    stages = method_config(method.name, num_tasks=tasks, options=method.options).stages
+    method = recipe.method
+    stages = method_config(method.name, tasks=_task_names(recipe), options=method.options).stages
     return stage_spans(stages, recipe.train.steps)[-1]
+
+
+def _task_names(recipe: Recipe) -> list[str]:
+    return [config.name for config in read_task_configs(recipe.tasks)]
 
 
 def _is_measured(path: Path, config: EvaluateConfig) -> bool:

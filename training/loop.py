@@ -1,6 +1,6 @@
 """The training loop: stages of steps over the global batches of a mixture, on one or many processes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,13 +19,14 @@ from .optimizer import build_optimizer, clip_gradients, schedule_factor, set_lea
 from .progress import Progress
 from .recipe import TrainConfig
 from .run_folder import RunFolder
-from .schedule import StageSpan, stage_spans
+from .schedule import StageSpan, draw_preferences, stage_spans
 from .state import adapter_weights, load_adapter_state, load_optimizer_state, optimizer_state, peft_names
 
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 SCORE = "metric"
 """The key of an evaluation's result that picks the best checkpoint: the mean validation metric over tasks."""
 _MOST_NAMED = 8
+_PROTOTYPE_EXAMPLES = 128
 
 
 class Trainer:
@@ -72,6 +73,7 @@ class Trainer:
                 if self.progress.step < span.stop and not self.progress.stopped:
                     self._train_stage(span, shown)
         self._take_best()
+        self._finish_stage(self.spans[-1])
 
     # ------------------------------------------------------------------ stages and steps
 
@@ -90,7 +92,20 @@ class Trainer:
         objective.release()
         self.wrapped = None
         if span is not self.spans[-1]:
+            self._finish_stage(span)
+        if span is not self.spans[-1]:
             self.accelerator.free_memory()  # a DDP wrapper left alive would reduce gradients a second time
+
+    def _finish_stage(self, span: StageSpan) -> None:
+        if span.stage.after and self.is_sharded:
+            raise ConfigError("this method rearranges its experts between stages: use train.distributed: ddp")
+        set_seed(_step_seed(self.config.seed, span.stop, 0))
+        self.hub.finish_stage(span.stage, self._prompts)
+
+    def _prompts(self) -> Iterator[dict[str, Tensor]]:
+        """Examples of every task, the same on every process."""
+        for batch in self.batches.samples(_PROTOTYPE_EXAMPLES):
+            yield batch.to(self.accelerator.device).inputs
 
     def _train_step(self, span: StageSpan) -> None:
         step = self.progress.step
@@ -100,6 +115,9 @@ class Trainer:
         micro_batches = self.batches.at(step, experts_only="router" not in span.stage.train)
         counts = all_sum(torch.stack([b.token_counts for b in micro_batches]).sum(0), self.accelerator)
         weights = task_weights(counts, span.stage.reduction)
+        if span.stage.preferences is not None:
+            blend = draw_preferences(len(counts), span, step, self.config.seed)
+            weights, micro_batches = weights * blend * len(blend), [b.blended(blend) for b in micro_batches]
         losses = [self._backward(b, weights, local=b is not micro_batches[-1]) for b in micro_batches]
         self._note_losses(micro_batches, losses, counts)
         self._clip(span, micro_batches)

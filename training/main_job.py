@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..adapters import adapted_shapes, adapter_parameters, matched_lora_rank
+from ..adapters import adapted_linears, adapter_parameters, matched_lora_rank
 from ..support.console import say
 from ..support.errors import ConfigError
 from ..support.files import write_json
@@ -71,7 +71,7 @@ def train_matched_lora(trained: TrainedRun) -> None:
 def rank_of_matched_lora(trained: TrainedRun) -> int:
     hub = hub_of(trained.model)
     assert hub is not None
-    return matched_lora_rank(adapter_parameters(hub), adapted_shapes(hub))
+    return matched_lora_rank(adapter_parameters(hub), adapted_linears(hub))
 
 
 def matched_lora_recipe(recipe: Recipe, rank: int) -> Recipe:

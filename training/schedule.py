@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from ..adapters import StageConfig
 from ..support.errors import ConfigError
+
+_CENTRE, _CORNERS = 5.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,17 @@ def stage_spans(stages: Sequence[StageConfig], steps: int) -> list[StageSpan]:
         spans.append(StageSpan(stage, start, stop))
         start = stop
     return spans
+
+
+def draw_preferences(tasks: int, span: StageSpan, step: int, seed: int) -> Tensor:
+    """A blend of tasks `(tasks,)` for a step, the same on every process.
+
+    Annealed blends come from a Dirichlet distribution that begins at the centre of the simplex and ends at its corners
+    (PaLoRA, Dimitriadis et al. 2024, section 4); uniform ones from the whole simplex.
+    """
+    progress = (step - span.start) / max(span.length - 1, 1)
+    concentration = _CENTRE * (1 - progress) + _CORNERS if span.stage.preferences == "annealed" else 1.0
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    # A Dirichlet draw is a normalised gamma draw, which takes a generator.
+    shares = torch._standard_gamma(torch.full((tasks,), concentration, dtype=torch.float64), generator=generator)
+    return (shares / shares.sum()).float()

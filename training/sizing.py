@@ -1,6 +1,6 @@
 """How large methods are on a given base, without reading its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..adapters import LoramuxConfig, adapted_shapes, count_parameters, matched_lora_rank
+from ..adapters import Linear, LoramuxConfig, adapted_linears, count_parameters, matched_lora_rank
 from ..bases import resolve_base
 from ..support.errors import ConfigError
 from .evaluate import hub_of
@@ -20,18 +20,24 @@ class BaseShapes:
     """The linears that are adapted.
 
     Attributes:
-        linears: (in, out) of every adapted linear.
+        linears: every adapted linear.
         hidden_size: the width that routers of prompts read.
     """
 
-    linears: tuple[tuple[int, int], ...]
+    linears: tuple[Linear, ...]
     hidden_size: int
 
-    def count(self, method: str, options: Mapping[str, Any], tasks: int) -> int:
-        """Parameters of a method for so many tasks."""
-        names = [str(number) for number in range(tasks)]
-        built = LoramuxConfig(method=method, options=dict(options), tasks=names).build()
-        return count_parameters(built, self.linears, tasks=tasks, hidden_size=self.hidden_size)
+    def count(self, method: str, options: Mapping[str, Any], tasks: Sequence[str]) -> int:
+        """Parameters of a method for these tasks.
+
+        Raises:
+            ConfigError: when the options do not fit each other, the tasks or a linear.
+        """
+        built = LoramuxConfig(method=method, options=dict(options), tasks=list(tasks)).build()
+        try:
+            return count_parameters(built, self.linears, tasks=len(tasks), hidden_size=self.hidden_size)
+        except ValueError as error:
+            raise ConfigError(f"method {method!r}: {error}") from None
 
     def matched_rank(self, parameters: int) -> int:
         """The rank at which a plain LoRA has the nearest number of parameters."""
@@ -59,4 +65,4 @@ def shapes_of(base: BaseConfig, target_modules: str | tuple[str, ...] = "all-lin
     except ValueError as error:
         raise ConfigError(f"target modules {targets!r}: {error}") from None
     assert hub is not None
-    return BaseShapes(tuple(adapted_shapes(hub)), int(model.config.get_text_config().hidden_size))
+    return BaseShapes(tuple(adapted_linears(hub)), int(model.config.get_text_config().hidden_size))

@@ -1,14 +1,15 @@
 from pydantic import PositiveInt
 
-from ...routing import Argmax, PooledPrompt, RouterConfig
-from ..banks import BankConfig
+from ...routing import Argmax, LabelLoss, PooledPrompt, RouterConfig
+from ..banks import Dense
 from ..branch import BranchConfig
-from ..registry import MethodConfig, StageConfig, register_method
+from ..registry import MethodConfig, StageConfig, TaskNames, register_method
+from ._options import scale
 
 
 @register_method("moa", paper="Feng et al. 2024, Mixture-of-LoRAs, arXiv:2403.03432")
 def moa(
-    num_tasks: int,
+    tasks: TaskNames,
     *,
     rank: PositiveInt = 8,
     alpha: float | None = None,
@@ -27,11 +28,14 @@ def moa(
     if not 0 < router_share < 1:
         raise ValueError(f"router_share (={router_share}) must be between 0 and 1")
     router = RouterConfig(
-        scorer=PooledPrompt(hidden=router_hidden), normaliser=Argmax(), shared=True, label_loss=label_loss
+        scorer=PooledPrompt(hidden=router_hidden),
+        normaliser=Argmax(),
+        shared=True,
+        losses=(LabelLoss(weight=label_loss),),
     )
     branch = BranchConfig(
-        bank=BankConfig(experts=num_tasks, rank=rank),
-        scaling=(rank if alpha is None else alpha) / rank,
+        bank=Dense(experts=len(tasks), rank=rank),
+        scaling=scale(alpha, rank),
         router=router,
         dropout=dropout,
     )

@@ -1,14 +1,15 @@
 from pydantic import PositiveInt
 
-from ...routing import RouterConfig, TokenLinear, TopK
-from ..banks import BankConfig
+from ...routing import BalanceLoss, RouterConfig, TokenLinear, TopK
+from ..banks import Dense
 from ..branch import BranchConfig
-from ..registry import MethodConfig, register_method
+from ..registry import MethodConfig, TaskNames, register_method
+from ._options import require_at_most, scale
 
 
 @register_method("molora", paper="Zadouri et al. 2023, MoLORA: Pushing MoE to the limit, arXiv:2309.05444")
 def molora(
-    num_tasks: int,
+    tasks: TaskNames,
     *,
     experts: PositiveInt = 8,
     rank: PositiveInt = 8,
@@ -18,13 +19,7 @@ def molora(
     dropout: float = 0.0,
 ) -> MethodConfig:
     """LoRA experts chosen token by token: the softmax-weighted `top_k` of `experts`, with a load-balancing loss."""
-    if top_k > experts:
-        raise ValueError(f"top_k (={top_k}) must be at most experts (={experts}); lower it or add experts")
-    router = RouterConfig(scorer=TokenLinear(), normaliser=TopK(k=top_k), balance_loss=balance_loss)
-    branch = BranchConfig(
-        bank=BankConfig(experts=experts, rank=rank),
-        scaling=(rank if alpha is None else alpha) / rank,
-        router=router,
-        dropout=dropout,
-    )
-    return MethodConfig(branches=(branch,))
+    require_at_most("top_k", top_k, "experts", experts)
+    router = RouterConfig(scorer=TokenLinear(), normaliser=TopK(k=top_k), losses=(BalanceLoss(weight=balance_loss),))
+    bank = Dense(experts=experts, rank=rank)
+    return MethodConfig(branches=(BranchConfig(bank=bank, scaling=scale(alpha, rank), router=router, dropout=dropout),))

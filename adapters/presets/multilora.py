@@ -1,13 +1,14 @@
 from pydantic import PositiveInt
 
-from ..banks import BankConfig
+from ..banks import Dense
 from ..branch import BranchConfig
-from ..registry import MethodConfig, register_method
+from ..registry import MethodConfig, TaskNames, register_method
+from ._options import scale
 
 
 @register_method("multilora", paper="Wang et al. 2023, MultiLoRA, arXiv:2311.11501")
 def multilora(
-    num_tasks: int,
+    tasks: TaskNames,
     *,
     experts: PositiveInt = 3,
     rank: PositiveInt = 32,
@@ -19,7 +20,5 @@ def multilora(
     Exports as one LoRA of rank `experts * rank`. The scales start at zero, so the first steps move nothing else: give
     it warm-up or a higher learning rate than plain LoRA.
     """
-    bank = BankConfig(experts=experts, rank=rank, output_scale=True)
-    return MethodConfig(
-        branches=(BranchConfig(bank=bank, scaling=(rank if alpha is None else alpha) / rank, dropout=dropout),)
-    )
+    bank = Dense(experts=experts, rank=rank, output_scale=True)
+    return MethodConfig(branches=(BranchConfig(bank=bank, scaling=scale(alpha, rank), dropout=dropout),))

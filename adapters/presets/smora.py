@@ -1,14 +1,16 @@
 from pydantic import PositiveInt
 
 from ...routing import RouterConfig, SigmoidTopK, TokenLinear
-from ..banks import BankConfig
+from ..banks import Dense
 from ..branch import BranchConfig
-from ..registry import MethodConfig, register_method
+from ..cores import OutputMix
+from ..registry import MethodConfig, TaskNames, register_method
+from ._options import require_at_most
 
 
 @register_method("smora", paper="Zhao et al. 2025, SMoRA: each rank could be an expert, arXiv:2501.15103")
 def smora(
-    num_tasks: int,
+    tasks: TaskNames,
     *,
     rank: PositiveInt = 64,
     top_k: PositiveInt = 8,
@@ -25,17 +27,16 @@ def smora(
     """
     if rank % block_size or top_k % block_size:
         raise ValueError(f"block_size (={block_size}) must divide rank (={rank}) and top_k (={top_k})")
-    if top_k > rank:
-        raise ValueError(f"top_k (={top_k}) must be at most rank (={rank})")
+    require_at_most("top_k", top_k, "rank", rank)
     router = RouterConfig(
         scorer=TokenLinear(init_std=None),
         normaliser=SigmoidTopK(k=top_k // block_size, balance_rate=balance_rate),
     )
     branch = BranchConfig(
-        bank=BankConfig(rank=rank),
+        bank=Dense(rank=rank),
         scaling=alpha / top_k,
         router=router,
-        block_size=block_size,
+        core=OutputMix(block_size=block_size),
         dropout=dropout,
     )
     return MethodConfig(branches=(branch,))

@@ -1,0 +1,34 @@
+"""What several presets say in the same way."""
+
+from collections.abc import Mapping, Sequence
+
+from ...support.errors import did_you_mean
+
+
+def scale(alpha: float | None, rank: int) -> float:
+    """LoRA's factor on the delta; without an alpha it is 1."""
+    return 1.0 if alpha is None else alpha / rank
+
+
+def require_at_most(small_name: str, small: int, large_name: str, large: int) -> None:
+    if small > large:
+        raise ValueError(
+            f"{small_name} (={small}) must be at most {large_name} (={large}); lower it or add {large_name}"
+        )
+
+
+def per_task(option: str, given: Mapping[str, object], tasks: Sequence[str]) -> None:
+    """Check that an option which says something of every task names each of them and no other.
+
+    Raises:
+        ValueError: naming the task, with the lines a recipe wants.
+    """
+    for name in given:
+        if name not in tasks:
+            raise ValueError(f"{option}: unknown task {name!r}; {did_you_mean(name, tasks)}")
+    missing = [task for task in tasks if task not in given]
+    if missing:
+        lines = ", ".join(f"{task}: ..." for task in tasks)
+        raise ValueError(
+            f"{option}: nothing said of {', '.join(missing)}; write method: {{options: {{{option}: {{{lines}}}}}}}"
+        )
