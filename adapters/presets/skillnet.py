@@ -7,7 +7,7 @@ from ..registry import MethodConfig, TaskNames, register_method
 from ._options import per_task, scale
 
 
-@register_method("skillnet", paper="Tang et al. 2022, SkillNet-NLG, arXiv:2204.12184")
+@register_method("skillnet", paper="Liao et al. 2022, SkillNet-NLG, arXiv:2204.12184")
 def skillnet(
     tasks: TaskNames,
     *,
