@@ -13,7 +13,7 @@ from loramux.bases import load_base
 from loramux.support.errors import ConfigError, RunError
 from loramux.training.compare import compare_methods, make_plan
 from loramux.training.comparison import Comparison, draw_comparison, spread, summary_table, task_table
-from loramux.training.recipe import BaselineConfig, Recipe
+from loramux.training.recipe import BaselineConfig, Recipe, load_recipe
 from loramux.training.run import build_model
 
 OPTIONS = {"moa": {"rank": 2}, "smora": {"rank": 8, "top_k": 2}}
@@ -48,6 +48,17 @@ def test_every_method_meets_the_plain_lora_of_its_own_size(recipe: Recipe) -> No
             per_rank = lora // contender.matched_rank
             assert abs(lora - contender.parameters) <= per_rank / 2
     assert made.learning_rates == dict.fromkeys(by_label, (recipe.train.learning_rate,))
+
+
+def test_methods_of_nearly_one_size_share_a_plain_lora() -> None:
+    options = {"moa": {"rank": 8}, "multilora": {"experts": 3, "rank": 21}, "smora": {"rank": 43}, "poly": {"rank": 8}}
+    made = make_plan(load_recipe(), methods=list(options), seeds=[0], learning_rates=[], options=options)
+    by_label = {contender.label: contender for contender in made.contenders}
+    assert {name: by_label[name].matched for name in options} == {
+        **dict.fromkeys(["moa", "multilora", "smora"], "lora r64"),
+        "poly": "lora r32",
+    }
+    assert set(by_label) == {*options, "lora r64", "lora r32"}
 
 
 def test_plain_loras_take_the_baselines_own_rate_unless_rates_are_tried(recipe: Recipe) -> None:

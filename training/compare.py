@@ -24,6 +24,8 @@ from .schedule import StageSpan, stage_spans
 from .sizing import shapes_of
 
 RUNS = "runs"
+_NEAR = 0.02
+"""Methods whose sizes differ by no more than this share the plain LoRA they are compared to."""
 MethodOptions = Mapping[str, Mapping[str, Any]]
 
 
@@ -90,8 +92,7 @@ def make_plan(
     own = {recipe.method.name: recipe.method.options}
     chosen = {name: {**own.get(name, {}), **options.get(name, {})} for name in methods}
     sizes = _Sizes(recipe)
-    routed = [sizes.contender(name, chosen[name]) for name in methods if name != "lora"]
-    plain = [sizes.lora({"rank": contender.matched_rank}) for contender in routed]
+    routed, plain = sizes.matched([sizes.contender(name, chosen[name]) for name in methods if name != "lora"])
     if "lora" in methods and (chosen["lora"] or not routed):
         plain.append(sizes.lora(chosen["lora"]))
     loras = {contender.label: contender for contender in sorted(plain, key=lambda lora: lora.matched_rank)}
@@ -126,8 +127,18 @@ class _Sizes:
 
     def contender(self, method: str, options: Mapping[str, Any]) -> Contender:
         parameters = self.shapes.count(method, options, self.tasks)
-        rank = self.shapes.matched_rank(parameters)
-        return Contender(method, method, dict(options), parameters, rank, f"lora r{rank}")
+        return Contender(method, method, dict(options), parameters, self.shapes.matched_rank(parameters), None)
+
+    def matched(self, contenders: Sequence[Contender]) -> tuple[list[Contender], list[Contender]]:
+        """The contenders with the plain LoRA each is compared to, and these LoRAs: as few as are near enough."""
+        loras = [self.lora({"rank": rank}) for rank in sorted({one.matched_rank for one in contenders})]
+        partner: dict[str, str] = {}
+        while unserved := [one for one in contenders if one.label not in partner]:
+            served = {lora.label: [one.label for one in unserved if _are_near(one, lora)] for lora in loras}
+            best = max(served, key=lambda label: len(served[label]))
+            partner |= dict.fromkeys(served[best], best)
+        used = [lora for lora in loras if lora.label in partner.values()]
+        return [replace(one, matched=partner[one.label]) for one in contenders], used
 
     def lora(self, options: Mapping[str, Any]) -> Contender:
         """A plain LoRA; what else than its rank differs from the default is part of its label."""
@@ -137,6 +148,12 @@ class _Sizes:
         special = {key: value for key, value in given if key != "rank" and value != usual[key]}
         label = " ".join([f"lora r{rank}", *(f"{key} {value}" for key, value in special.items())])
         return Contender(label, "lora", {"rank": rank, **special}, parameters, rank, None)
+
+
+def _are_near(contender: Contender, lora: Contender) -> bool:
+    """Whether a plain LoRA counts as being of a method's size."""
+    near = abs(lora.parameters - contender.parameters) <= _NEAR * contender.parameters
+    return near or lora.matched_rank == contender.matched_rank
 
 
 class _Comparing:
