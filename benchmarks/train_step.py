@@ -34,6 +34,7 @@ from loramux.training.answer_logits import Objective, locate_answers, task_weigh
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 VOCABULARY, TOKENS, ROWS, ANSWER, TASKS = 32_000, 128, 8, 8, 8
+SHORT = 16
 Step = Callable[[], None]
 Batch = dict[str, torch.Tensor]
 
@@ -166,14 +167,15 @@ def joined(parts: list[Batch]) -> Batch:
     }
 
 
-def per_task_batches(rows: int) -> list[Batch]:
-    return [batch(rows, answer=ANSWER, seed=task) for task in range(TASKS)]
+def per_task_batches(rows: int, tokens: int = TOKENS) -> list[Batch]:
+    answer = min(ANSWER, tokens // 4)
+    return [batch(rows, answer=answer, lengths=[tokens] * rows, seed=task) for task in range(TASKS)]
 
 
-def one_pass(rows: int) -> Step:
+def one_pass(rows: int, tokens: int = TOKENS) -> Step:
     """One step of our eight experts, `rows` examples each, over the base they share."""
     tasks = torch.arange(TASKS).repeat_interleave(rows)
-    return answer_step(ours("moa", rank=8), joined(per_task_batches(rows)), tasks)
+    return answer_step(ours("moa", rank=8), joined(per_task_batches(rows, tokens)), tasks)
 
 
 SYSTEMS: dict[str, Callable[[], Step]] = {
@@ -188,6 +190,8 @@ SYSTEMS: dict[str, Callable[[], Step]] = {
     "moa, 8 x 8 rows in one pass": lambda: one_pass(8),
     "8 x PEFT LoRA r=8, 1 row each": lambda: eight_runs(per_task_batches(1)),
     "moa, 8 x 1 row in one pass": lambda: one_pass(1),
+    "8 x PEFT LoRA r=8, 1 short row each": lambda: eight_runs(per_task_batches(1, SHORT)),
+    "moa, 8 x 1 short row in one pass": lambda: one_pass(1, SHORT),
 }
 TIMES = [
     Comparison("lora against PEFT LoRA", "lora r=64", "PEFT LoRA r=64", 1.0),
@@ -196,6 +200,12 @@ TIMES = [
     Comparison("completion only", "lora r=64, completion only", "PEFT LoRA r=64, completion only", 0.6),
     Comparison("eight tasks x 8 rows", "moa, 8 x 8 rows in one pass", "8 x PEFT LoRA r=8, 8 rows each", 0.25),
     Comparison("eight tasks x 1 row", "moa, 8 x 1 row in one pass", "8 x PEFT LoRA r=8, 1 row each", 0.25),
+    Comparison(
+        f"eight tasks x 1 row of {SHORT}",
+        "moa, 8 x 1 short row in one pass",
+        "8 x PEFT LoRA r=8, 1 short row each",
+        0.25,
+    ),
 ]
 MEMORY = [
     Comparison("lora", "lora r=64", "PEFT LoRA r=64", 1.0),
