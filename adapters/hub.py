@@ -14,6 +14,7 @@ from ..routing import (
     Decision,
     Granularity,
     Prototypes,
+    RouteObserver,
     Router,
     RoutingContext,
     RoutingStatistics,
@@ -185,12 +186,18 @@ class LoramuxModel(BaseTuner):
     @contextmanager
     def collect_statistics(self) -> Iterator[RoutingStatistics]:
         """Collect who uses which expert over the calls in the block, by task where tasks are named."""
-        tasks = self._active_configs()[0].tasks or ["all"]
-        self.context.statistics = RoutingStatistics(tasks)
+        statistics = RoutingStatistics(self.tasks or ["all"])
+        with self.observing_routes(statistics):
+            yield statistics
+
+    @contextmanager
+    def observing_routes(self, observer: RouteObserver) -> Iterator[None]:
+        """Show `observer` every decision of the routers in the block."""
+        self.context.route_observer = observer
         try:
-            yield self.context.statistics
+            yield
         finally:
-            self.context.statistics = None
+            self.context.route_observer = None
 
     # ------------------------------------------------------------------ what this hub is
 
@@ -479,9 +486,9 @@ class LoramuxModel(BaseTuner):
             loss = branch.router.loss(decision, None, tasks)
             if loss is not None:
                 self.context.shared_losses.append(loss)
-        if self.context.statistics is not None and (reads_prompt or branch.granularity == Granularity.TASK):
+        if self.context.route_observer is not None and (reads_prompt or branch.granularity == Granularity.TASK):
             where = "prompt" if reads_prompt else "model"
-            self.context.statistics.add(where, decision.weights, None, tasks)
+            self.context.route_observer.add(where, decision.weights, None, tasks, branch.router.groups)
 
     def _learns_labels(self, branch: BranchConfig) -> bool:
         in_stage = self.stage is None or "router" in self.stage.train

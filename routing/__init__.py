@@ -42,7 +42,7 @@ from .scorers import (
     TokenPrototypes,
     identity_rows,
 )
-from .statistics import LayerUsage, RoutingStatistics
+from .statistics import LayerUsage, RouteObserver, RoutingStatistics
 
 __all__ = [
     "Argmax",
@@ -67,6 +67,7 @@ __all__ = [
     "PromptPrototypes",
     "Prototypes",
     "RandomOne",
+    "RouteObserver",
     "Router",
     "RouterConfig",
     "RouterDims",

@@ -16,7 +16,7 @@ from ..support.errors import AdapterError
 from .decision import Decision, Granularity
 from .losses import masked_mean
 from .router import Router
-from .statistics import RoutingStatistics
+from .statistics import RouteObserver
 
 Observer = Callable[[str, Tensor, Tensor], None]
 
@@ -36,6 +36,7 @@ class RoutingContext:
         bypass: run the frozen base alone.
         static_factors: plain LoRA factors per layer that stand in for the adapters.
         observer: called with layer name, input and delta of every adapted layer.
+        route_observer: sees every decision.
         recording: whether this pass counts for losses and balance; off when a checkpointed block is recomputed.
         layer_losses, shared_losses: weighted auxiliary losses of this pass, of each layer's and of shared routers.
     """
@@ -51,8 +52,8 @@ class RoutingContext:
     recording: bool = False
     layer_losses: list[Tensor] = field(default_factory=list)
     shared_losses: list[Tensor] = field(default_factory=list)
-    statistics: RoutingStatistics | None = None
     observer: Observer | None = None
+    route_observer: RouteObserver | None = None
     static_factors: Mapping[str, Any] | None = None
 
     def auxiliary_loss(self) -> Tensor | None:
@@ -81,8 +82,8 @@ class RoutingContext:
     def record(self, layer: str, router: Router, decision: Decision, x: Tensor, tasks: Tensor | None) -> None:
         """Note a per-layer decision for losses, balance and statistics."""
         mask = self.mask_for(x)
-        if self.statistics is not None and router.granularity > Granularity.FIXED:
-            self.statistics.add(layer, decision.weights, mask, tasks)
+        if self.route_observer is not None and router.granularity > Granularity.FIXED:
+            self.route_observer.add(layer, decision.weights, mask, tasks, router.config.groups)
         if not router.training:
             return
         mask = mask if router.granularity == Granularity.TOKEN else None

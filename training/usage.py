@@ -55,8 +55,7 @@ def _read(
 
 def _add(usage: RoutingStatistics, name: str, row: int, own: LayerUsage) -> None:
     """Put all that was counted for one task into its row."""
-    tasks, gates = len(usage.tasks), own.weights.shape[-1]
-    layer = usage.layers.setdefault(name, LayerUsage(torch.zeros(tasks, gates), torch.zeros(tasks), torch.zeros(tasks)))
+    layer = usage.layers.setdefault(name, LayerUsage.empty(len(usage.tasks), own.weights.shape[-1], own.groups))
     layer.weights[row] += own.weights.sum(0)
     layer.tokens[row] += own.tokens.sum()
     layer.entropy[row] += own.entropy.sum()
