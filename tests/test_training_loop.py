@@ -13,7 +13,7 @@ from training_cases import ANSWERS, make_recipe, write_base, write_tasks
 from loramux.support.errors import AdapterError, ConfigError, RunError, TrainingDiverged
 from loramux.tasks import load_tasks
 from loramux.training.recipe import Recipe
-from loramux.training.run import TrainedRun, load_run, train_run
+from loramux.training.run import TrainedRun, load_run, open_base, train_run
 
 Tensors = dict[str, torch.Tensor]
 LAST = "layers.1.mlp.down_proj.loramux_branches.default.0.bank.up"
@@ -270,3 +270,17 @@ def test_tensorboard_gets_the_losses_of_every_task(places, tmp_path: Path) -> No
         logged = {event.step: event.value for event in events.Scalars(f"train/loss/{task}")}
         written = {line["step"]: line[f"train/loss/{task}"] for line in metrics(tmp_path / "run")}
         assert logged == pytest.approx(written, rel=1e-6)
+
+
+def test_a_model_of_few_weights_takes_one_thread_unless_the_user_says_otherwise(places, monkeypatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        for said, threads in (("2", 2), (None, 1)):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if said:
+                monkeypatch.setenv("OMP_NUM_THREADS", said)
+            torch.set_num_threads(2)
+            open_base(make_recipe(*places))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

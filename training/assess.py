@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import adapter_parameters
-from ..bases import load_base
 from ..routing import Granularity
 from ..support.config import to_data
 from ..support.errors import RunError
@@ -18,7 +17,7 @@ from .exports import EXPORTS, REFUSED, evaluate_exports
 from .plots import plot_curves, plot_scores, plot_usage
 from .recipe import EvaluateConfig
 from .report import Results, TaskInfo, to_markdown
-from .run import TrainedRun, encode_all, load_run
+from .run import TrainedRun, encode_all, load_run, open_base
 from .run_folder import RunFolder
 from .usage import routing_usage
 
@@ -85,7 +84,7 @@ def measure_exports(
 ) -> Scores | None:
     """Score the exports in the run folder with stock PEFT; None where there are none."""
     folder = run.folder.path / EXPORTS
-    base, _ = load_base(run.recipe.base.model, dtype=run.recipe.base.dtype, revision=run.recipe.base.revision)
+    base, _ = open_base(run.recipe)
     answers["exported"] = []
     found = evaluate_exports(base.to(run.model.device), run.tokenizer, tasks, folder, config, answers["exported"])
     return found or None

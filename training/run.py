@@ -1,15 +1,17 @@
 """A whole run: from a recipe to a finished run folder, and back from the folder to the model."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import LoramuxConfig
 from ..bases import base_identity, load_base
@@ -27,6 +29,7 @@ from .validation import validation
 from .warm_start import find_earlier, start_from
 
 T = TypeVar("T")
+_ONE_THREAD = 4_000_000  # parameters
 _LONGEST = 1024  # tokens, where neither the recipe nor the model's config sets a limit
 
 
@@ -68,7 +71,7 @@ def train_run(
     if on_main(accelerator, lambda: run.open(recipe, resume=resume)) == "finished":
         say(f"{run.path}: this run is finished")
         return load_run(run.path)
-    base, tokenizer = load_base(recipe.base.model, dtype=recipe.base.dtype, revision=recipe.base.revision)
+    base, tokenizer = open_base(recipe)
     fingerprint = base_fingerprint(base)
     tasks = load_tasks(recipe.tasks)
     model = build_model(base, recipe, [task.name for task in tasks])
@@ -99,10 +102,22 @@ def load_run(folder: str | Path, *, tasks: list[Task] | None = None) -> TrainedR
     run = RunFolder(folder)
     mixture = run.verify_mixture()
     recipe = run.read_recipe()
-    base, tokenizer = load_base(recipe.base.model, dtype=recipe.base.dtype, revision=recipe.base.revision)
+    base, tokenizer = open_base(recipe)
     run.check_base(base_fingerprint(base), recipe.base.model)
     model = PeftModel.from_pretrained(base, str(mixture)).eval()
     return TrainedRun(model, tokenizer, load_tasks(recipe.tasks) if tasks is None else tasks, recipe, run)
+
+
+def open_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen model of a recipe and its tokenizer.
+
+    A model of a few million weights then has one thread on a CPU, unless OMP_NUM_THREADS says otherwise: its operations
+    are too short to share, and on a busy machine threads that wait for each other cost several times the run.
+    """
+    base, tokenizer = load_base(recipe.base.model, dtype=recipe.base.dtype, revision=recipe.base.revision)
+    if base.num_parameters() < _ONE_THREAD and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return base, tokenizer
 
 
 def build_model(base: Any, recipe: Recipe, task_names: Sequence[str]) -> PeftModel:
