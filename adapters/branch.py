@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..routing import Decision, Granularity, Prototypes, Router, RouterConfig, RoutingContext, own_gates
+from ..routing import Decision, Granularity, Prototypes, Router, RouterConfig, RoutingContext, copy_corners, own_gates
 from .banks import BankConfig
 from .cores import CoreConfig, HeadMix, OutputMix
 
@@ -83,13 +83,21 @@ class Branch(nn.Module):
     def __init__(self, config: BranchConfig, in_features: int, out_features: int, tasks: int, index: int = 0) -> None:
         super().__init__()
         config.mixing.check_features(in_features, out_features)
-        self.config, self.index = config, index
+        self.config, self.index, self.tasks = config, index, tasks
         self.bank = config.bank.build(in_features, out_features)
         self.core = config.mixing.build(config.bank, tasks)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         own = config.router if config.router is not None and not config.router.shared else None
         self.router = Router(own, in_features, tasks, config.gates) if own else None
         self.prefer_mixing = False
+
+    @property
+    def sums_over_all(self) -> bool:
+        """Whether every row sums over all experts, those that are closed to it at weight zero."""
+        router = self.config.router
+        if router is None or router.most_open is not None:
+            return False
+        return router.scorer.granularity in (Granularity.TASK, Granularity.TOKEN)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,6 +133,20 @@ class Branch(nn.Module):
         """
         down, up = self.core.materialise(self.bank, decision, tasks)
         return down, up if self.config.scaling == 1 else up * self.config.scaling
+
+    def even_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of the even blend of all experts, as `materialise` gives them; of all tasks, where they differ in
+        more than weights."""
+        routed = self.config.router
+        decision = None if routed is None else routed.even(self.config.gates)
+        return self.materialise(decision, torch.full((1, self.tasks), 1 / self.tasks))
+
+    def take_over(self, old: "Branch") -> None:
+        """Go on where `old` stands, which knew fewer tasks; what is new stays fresh."""
+        copy_corners(old, self)
+        if self.router is not None and old.router is not None:
+            self.router.take_over(old.router)
+        self.train(old.training)
 
     @torch.no_grad()
     def fit_prototypes(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -24,12 +24,13 @@ from ..routing import (
 from ..routing.context import Observer, resolve_tasks
 from ..support.errors import AdapterError
 from .branch import BranchConfig
-from .held import HeldRows
-from .layer import LoramuxLinear, copy_leading_rows
+from .held import Held, experts_of_others
+from .joining import NewTask, saved_tensors
+from .layer import LoramuxLinear
 from .low_rank import LowRank
 from .peft_config import PREFIX, LoramuxConfig, register
 from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt
-from .registry import MethodConfig, StageConfig
+from .registry import MethodConfig, StageConfig, method_config
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | Mapping[str, float] | str
 ParameterGroups = dict[str, list[tuple[str, nn.Parameter]]]
@@ -59,7 +60,7 @@ class LoramuxModel(BaseTuner):
         self.stage: StageConfig | None = None
         self._methods: dict[str, MethodConfig] = {}
         self._blocked_tasks: Tasks | None = None
-        self._held: HeldRows | None = None
+        self._held: Held | None = None
         self.loramux_routers = nn.ModuleDict()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -268,6 +269,8 @@ class LoramuxModel(BaseTuner):
             trains = ("experts" if group == "experts" else "router") in stage.train
             for _, parameter in parameters:
                 parameter.requires_grad_(trains)
+        if self._held is not None:
+            self._held.freeze()
 
     def grouped_parameters(self) -> ParameterGroups:
         """All parameters of the active adapters by `experts`, `router` and `task_logits`, trainable or not."""
@@ -336,6 +339,8 @@ class LoramuxModel(BaseTuner):
                     branch.bank.reset_parameters()
                 else:
                     branch.fit_prototypes()
+        if self._held is not None:
+            self._held.restore()
 
     def train_only(self, tasks: Sequence[str] | None) -> None:
         """Hold the experts of all other tasks still, bit for bit, from now on; None lets all train again.
@@ -344,27 +349,41 @@ class LoramuxModel(BaseTuner):
             AdapterError: when the method has no experts that belong to tasks, or a name is unknown.
         """
         branches = [b for layer in self.layers().values() for b in layer.branches(self.active_adapters[0])]
-        self._held = None if tasks is None else HeldRows(branches, self.tasks, tasks)
+        self._held = None if tasks is None else Held(experts_of_others(branches, self.tasks, tasks))
 
-    def add_task(self, task: str) -> None:
+    def hold(self, held: Held | None) -> None:
+        """Keep these parts as they are, bit for bit, from now on; None lets everything train again."""
+        self._held = held
+
+    def add_task(self, task: str, options: Mapping[str, Any] | None = None) -> NewTask:
         """Give a new task its rows and, where experts belong to tasks, its expert; all others keep their values.
+
+        Args:
+            options: options of the method that are said task by task, with what they say of the new one too.
+
+        Returns:
+            What is new.
 
         Raises:
             AdapterError: when the task is there already.
+            ConfigError: when the method cannot be built for one task more.
         """
         adapter = self.active_adapters[0]
         config = self.peft_config[adapter]
         if task in config.tasks:
             raise AdapterError(f"adapter {adapter!r} knows task {task!r} already")
-        config.tasks.append(task)
-        self._methods[adapter] = config.build()
+        tasks, options = [*config.tasks, task], {**config.options, **(options or {})}
+        self._methods[adapter] = method_config(config.method, tasks=tasks, options=options)
+        config.tasks, config.options = tasks, options
         self._held = None
+        before = {name: tuple(tensor.shape) for name, tensor in saved_tensors(self, adapter).items()}
         for layer in self.layers().values():
             if layer.branches(adapter):
                 branches = self._methods[adapter].at(self.depth_of(layer.name))
                 layer.update_layer(adapter, branches, len(config.tasks), config.inference_mode)
         self._cast_adapter_dtype(adapter)
         self._add_shared_routers(adapter)
+        return NewTask(self, adapter, before)
 
     @contextmanager
     def using_factors(self, factors: Mapping[str, LowRank]) -> Iterator[None]:
@@ -531,8 +550,8 @@ class LoramuxModel(BaseTuner):
             assert branch.router is not None
             shared[str(index)] = Router(branch.router, hidden_size(self.model), len(config.tasks), branch.gates)
         if len(shared):
-            if adapter in self.loramux_routers:
-                copy_leading_rows(self.loramux_routers[adapter], shared)
+            for key in shared if adapter in self.loramux_routers else ():
+                cast(Router, shared[key]).take_over(self._shared_router(adapter, int(key)))
             on_meta = any(p.is_meta for p in shared.parameters())  # loading fills in the real values
             self.loramux_routers[adapter] = shared if on_meta else shared.to(self.model.device)
             shared.requires_grad_(adapter in self.active_adapters and not config.inference_mode)

@@ -57,7 +57,7 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         except ValueError as error:
             raise AdapterError(f"{self.name}: {error}") from None
         for old, new in zip(before, self.branches(adapter), strict=False):
-            copy_leading_rows(old, new)
+            new.take_over(old)
         self._move_adapter_to_device_of_base_layer(adapter)
         for buffer in self.loramux_branches[adapter].buffers():
             buffer.data = buffer.data.float()  # a half-precision selection bias would lose its small steps
@@ -167,14 +167,6 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         factors: LowRank = self.context.static_factors[self.name]
         hidden = nn.functional.linear(x.to(factors.down.dtype), factors.down)
         return add_product(output, hidden, factors.up.T)
-
-
-@torch.no_grad()
-def copy_leading_rows(old: nn.Module, new: nn.Module) -> None:
-    """Copy every tensor of `old` into the leading rows of its namesake in `new`."""
-    grown = new.state_dict()
-    for name, tensor in old.state_dict().items():
-        grown[name][: len(tensor)] = tensor
 
 
 def _features(layer: nn.Module, name: str) -> tuple[int, int]:

@@ -39,6 +39,11 @@ class LowRank:
         dtype = self.down.dtype
         return LowRank((root[:, None] * (v @ q_down.T)).to(dtype), ((q_up @ u) * root).to(dtype))
 
+    def without_excess(self) -> "LowRank":
+        """The same, compressed where its rank is above what matrices of these sizes, or any rank class, can hold."""
+        limit = min(self.down.shape[1], self.up.shape[0], RANK_CLASSES[-1])
+        return self.compressed(limit) if self.rank > limit else self
+
     def padded(self, rank: int) -> "LowRank":
         """The same delta at a larger rank, filled up with zeros."""
         extra = rank - self.rank
@@ -55,13 +60,6 @@ def rank_class(rank: int) -> int:
 
 def to_one_rank_class(factors: dict[str, LowRank]) -> dict[str, LowRank]:
     """Bring all layers to one rank class, compressing only what no class or no matrix of that size can hold."""
-    reduced = {
-        name: pair.compressed(limit) if pair.rank > (limit := _largest_useful_rank(pair)) else pair
-        for name, pair in factors.items()
-    }
+    reduced = {name: pair.without_excess() for name, pair in factors.items()}
     rank = rank_class(max(pair.rank for pair in reduced.values()))
     return {name: pair.padded(rank) for name, pair in reduced.items()}
-
-
-def _largest_useful_rank(pair: LowRank) -> int:
-    return min(pair.down.shape[1], pair.up.shape[0], RANK_CLASSES[-1])

@@ -23,7 +23,7 @@ from .normalisers import (
     Threshold,
     TopK,
 )
-from .router import Router, RouterConfig, update_selection_biases
+from .router import Router, RouterConfig, copy_corners, update_selection_biases
 from .scorers import (
     Constant,
     FixedTable,
@@ -87,6 +87,7 @@ __all__ = [
     "TokenPrototypes",
     "TopK",
     "balance_loss",
+    "copy_corners",
     "identity_rows",
     "label_loss",
     "own_gates",

@@ -17,9 +17,18 @@ class Normaliser:
         """How far the selection bias moves per training step; 0 for normalisers without one."""
         return 0.0
 
+    @property
+    def closed_score(self) -> float:
+        """A score at which a gate is shut, whatever the others score."""
+        return -1e4
+
     def __call__(self, scores: Tensor, selection_bias: Tensor | None = None, training: bool = False) -> Decision:
         """Decide on scores `(..., scores)`; only in training may chance take part."""
         raise NotImplementedError
+
+    def even_weight(self, gates: int) -> float:
+        """The weight of each of so many gates where none is preferred."""
+        return 1 / gates
 
     def num_scores(self, gates: int) -> int:
         """How many scores it takes to weight so many gates."""
@@ -29,6 +38,10 @@ class Normaliser:
 @config
 class Identity(Normaliser):
     """The scores are the weights."""
+
+    @property
+    def closed_score(self) -> float:
+        return 0.0
 
     def __call__(self, scores: Tensor, selection_bias: Tensor | None = None, training: bool = False) -> Decision:
         return Decision(scores, scores, scores)
@@ -90,6 +103,9 @@ class SigmoidTopK(Normaliser):
         active = _at_most(self.k, scores)
         weights = kept * (active / kept.sum(-1, keepdim=True))
         return Decision(weights, scores, gates / gates.sum(-1, keepdim=True), active=active)
+
+    def even_weight(self, gates: int) -> float:
+        return min(self.k, gates) / gates
 
 
 @config
@@ -204,6 +220,9 @@ class RandomOne(Normaliser):
             chosen = torch.randint(scores.shape[-1], (1,), device=scores.device)
             weights = torch.zeros_like(scores).index_fill(-1, chosen, 1.0)
         return Decision(weights, scores, weights / scores.shape[-1])
+
+    def even_weight(self, gates: int) -> float:
+        return 1.0
 
 
 @config

@@ -1,7 +1,7 @@
 """A router: scorer, then normaliser, with an optional balancing bias."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .decision import Decision, Granularity
 from .losses import LabelLoss, RouterLoss
 from .normalisers import Normaliser
-from .scorers import RouterDims, Scorer
+from .scorers import FixedTable, RouterDims, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,18 @@ class RouterConfig:
     @property
     def learns_labels(self) -> bool:
         return any(isinstance(loss, LabelLoss) for loss in self.losses)
+
+    @property
+    def most_open(self) -> int | None:
+        """The most gates that are open to one task, where a given table says so."""
+        if not isinstance(self.scorer, FixedTable) or self.normaliser.closed_score != 0 or self.groups > 1:
+            return None
+        return self.scorer.most_open
+
+    def even(self, gates: int) -> Decision:
+        """What is decided where no gate is preferred, on `(1, gates)`."""
+        weights = torch.full((1, gates), self.normaliser.even_weight(gates // self.groups))
+        return Decision(weights, weights, weights)
 
     def num_scores(self, gates: int) -> int:
         return self.groups * self.normaliser.num_scores(gates // self.groups)
@@ -84,11 +96,21 @@ class Router(nn.Module):
         Returns:
             A decision with weights `(..., gates)`, or `(batch, gates)` from a task table.
         """
-        return self._normalise(self.scorer(x, tasks), self.training)
+        return self._decide(x, tasks, self.training)
 
     def settled(self, tasks: Tensor | None) -> Decision:
         """What is decided for tasks, on `(batch, gates)`, where chance takes no part and no input is read."""
-        return self._normalise(self.scorer(torch.empty(0), tasks), False)
+        return self._decide(torch.empty(0), tasks, False)
+
+    @torch.no_grad()
+    def take_over(self, old: "Router") -> None:
+        """Go on where `old` stands, which knew fewer tasks. Gates it did not have stay closed to the tasks it knew."""
+        copy_corners(old, self)
+        self.train(old.training)
+        for name, parameter in self.named_parameters() if self.config.scorer.is_task_logits else ():
+            before = old.get_parameter(name)
+            if before.dim() == 2:
+                parameter[: len(before), before.shape[1] :] = self.config.normaliser.closed_score
 
     def count_load(self, weights: Tensor, mask: Tensor | None) -> None:
         """Add which gates opened for the tokens of a training step; `update_selection_biases` uses the counts."""
@@ -105,12 +127,26 @@ class Router(nn.Module):
         load, self._load = self._load, None
         return load
 
+    def _decide(self, x: Tensor, tasks: Tensor | None, training: bool) -> Decision:
+        decision = self._normalise(self.scorer(x, tasks), training)
+        most = self.config.most_open
+        of_one = tasks is not None and tasks.dim() == 1  # a blend opens what any of its tasks opens
+        return replace(decision, active=most) if of_one and most is not None else decision
+
     def _normalise(self, scores: Tensor, training: bool) -> Decision:
         if self.config.groups == 1:
             return self.config.normaliser(scores, self.selection_bias, training)
         decision = self.config.normaliser(scores.unflatten(-1, (self.config.groups, -1)), None, training)
         penalty = decision.penalty.sum(-1) if decision.penalty is not None else None
         return Decision(decision.weights.flatten(-2), scores, decision.probabilities.flatten(-2), penalty)
+
+
+@torch.no_grad()
+def copy_corners(old: nn.Module, new: nn.Module) -> None:
+    """Copy every saved tensor of `old` into the leading corner of its namesake in `new`, which is no smaller."""
+    grown = new.state_dict()
+    for name, tensor in old.state_dict().items():
+        grown[name][tuple(slice(size) for size in tensor.shape)] = tensor
 
 
 @torch.no_grad()

@@ -93,6 +93,11 @@ class FixedTable:
     is_task_logits: ClassVar[bool] = False
     needs_task: ClassVar[bool] = True
 
+    @property
+    def most_open(self) -> int:
+        """The most scores that are not zero in a row."""
+        return max(sum(score != 0 for score in row) for row in self.rows)
+
     def build(self, dims: RouterDims) -> nn.Module:
         if len(self.rows) != dims.tasks or any(len(row) != dims.scores for row in self.rows):
             raise ValueError(f"the table has {len(self.rows)} rows; it wants {dims.tasks} of {dims.scores} numbers")

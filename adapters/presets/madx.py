@@ -24,7 +24,7 @@ def madx(
     """
     spoken = {task: "one" for task in tasks} if languages is None else languages
     per_task("languages", spoken, tasks)
-    names = sorted(set(spoken.values()))
+    names = list(dict.fromkeys(spoken[task] for task in tasks))  # new tasks add theirs at the end
     of_language = FixedTable(rows=tuple(tuple(float(spoken[task] == name) for name in names) for task in tasks))
     language = BranchConfig(
         bank=Dense(experts=len(names), rank=language_rank),

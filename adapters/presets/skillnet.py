@@ -23,7 +23,7 @@ def skillnet(
     """
     table = {task: ["general", task] for task in tasks} if skills is None else skills
     per_task("skills", table, tasks)
-    names = sorted({skill for needed in table.values() for skill in needed})
+    names = list(dict.fromkeys(skill for task in tasks for skill in table[task]))  # new tasks add theirs at the end
     if not all(table.values()):
         raise ValueError(f"skills: {next(task for task in tasks if not table[task])} needs at least one skill")
     rows = tuple(tuple((name in table[task]) / len(set(table[task])) for name in names) for task in tasks)
