@@ -136,9 +136,9 @@ def resolve_tasks(tasks: object, names: list[str], device: torch.device | str = 
 
 def _checked_shares(shares: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
-        if bool((shares < 0).any()):
+        if not bool((shares >= 0).all()):  # NaN is not at least zero either
             raise AdapterError(f"the shares of a blend of tasks must not be negative, got {shares.tolist()}")
-        if bool(((shares.sum(-1) - 1).abs() > 1e-4).any()):
+        if not bool(((shares.sum(-1) - 1).abs() <= 1e-4).all()):
             raise AdapterError(f"the shares of a blend of tasks must sum to one, got {shares.sum(-1).tolist()}")
     return shares
 

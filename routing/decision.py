@@ -1,5 +1,6 @@
 """What a routing decision is, and how fine it is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -34,6 +35,11 @@ class Decision:
     probabilities: Tensor
     penalty: Tensor | None = None
     active: int | None = None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Decision":
+        """The decision with every part changed alike, and any gate open."""
+        penalty = None if self.penalty is None else change(self.penalty)
+        return Decision(change(self.weights), change(self.scores), change(self.probabilities), penalty)
 
 
 def own_gates(tasks: Tensor, gates: int) -> Decision:

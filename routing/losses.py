@@ -33,10 +33,12 @@ class BalanceLoss:
 
 @config
 class LocalBalanceLoss:
-    """Balance within groups of experts, each drawn to the tasks of its own kind (LoRAMoE, Dou et al. 2023, eq. 6-8).
+    """Balance within groups of experts, each drawn to the tasks of its own kind (LoRAMoE, Dou et al. 2023).
 
     The loss is the squared coefficient of variation of the experts' weights over a sequence, after those of an
-    expert of the sequence's kind were scaled by `1 - delta` and those of others by `1 + delta`.
+    expert of the sequence's kind were scaled by `1 - delta` and those of others by `1 + delta`. It is zero where each
+    of the former carries `(1 + delta) / (1 - delta)` times what each of the latter does. The published code takes one
+    variation over all sequences of a batch, which also counts how their lengths differ.
 
     Attributes:
         experts: the kind of each expert.

@@ -8,6 +8,9 @@ from torch import Tensor
 from ..support.config import config
 from .decision import Decision
 
+_LEAST_MASS = 0.01
+"""On codes that name a gate; below it a penalty does not grow further."""
+
 
 class Normaliser:
     """Turns scores into a `Decision`. Subclasses are configs; what they leave out is as here."""
@@ -130,8 +133,11 @@ class GumbelSoftmax(Normaliser):
     def __call__(self, scores: Tensor, selection_bias: Tensor | None = None, training: bool = False) -> Decision:
         noisy = scores - torch.empty_like(scores).exponential_().log() if training else scores
         soft = torch.softmax(noisy / self.temperature, dim=-1)
-        weights = straight_through(_one_hot_of_best(soft), soft) if self.hard else soft
-        return Decision(weights, scores, soft)
+        if not self.hard:
+            return Decision(soft, scores, soft)
+        # In training closed gates are computed too: their gradient is what opens them.
+        weights = straight_through(_one_hot_of_best(soft), soft)
+        return Decision(weights, scores, soft, active=None if training else 1)
 
 
 @config
@@ -161,8 +167,9 @@ class SigmoidShare(Normaliser):
 class DSelectK(Normaliser):
     """At most `k` gates, each chosen by a binary code of smooth steps: sparse in the end, smooth on the way.
 
-    The scores are `k` codes of `ceil(log2 gates)` numbers, then the logits of the `k` selectors. The penalty is the
-    entropy of the selectors, plus the mass on codes that name no gate (Hazimeh et al. 2021, sections 3 and 4).
+    The scores are `k` codes of `ceil(log2 gates)` numbers, then the logits of the `k` selectors. The penalty, zero once
+    every selector has settled on a gate, is their entropy and, where codes are left over that name no gate, the
+    reciprocal of the mass on those that do (Hazimeh et al. 2021, sections 3 and 4).
 
     `gamma` is the width of the smooth step; outside of it a code is exactly 0 or 1.
     """
@@ -188,7 +195,8 @@ class DSelectK(Normaliser):
         valid = selectors[..., : self.gates]
         chosen = torch.softmax(logits, dim=-1).unsqueeze(-1) * valid
         entropy = -(selectors * selectors.clamp(min=1e-12).log()).sum(-1)
-        penalty = (entropy + (1 - valid.sum(-1))).sum(-1)
+        unnamed = 1 / valid.sum(-1).clamp(min=_LEAST_MASS) - 1
+        penalty = (entropy + unnamed).sum(-1)
         weights = chosen.sum(-2)
         return Decision(weights, scores, weights, penalty)
 
@@ -215,11 +223,12 @@ class RandomOne(Normaliser):
     """One gate at random, the same for the whole batch, in training; all of them in evaluation (MoSA)."""
 
     def __call__(self, scores: Tensor, selection_bias: Tensor | None = None, training: bool = False) -> Decision:
-        weights = torch.ones_like(scores)
-        if training:
-            chosen = torch.randint(scores.shape[-1], (1,), device=scores.device)
-            weights = torch.zeros_like(scores).index_fill(-1, chosen, 1.0)
-        return Decision(weights, scores, weights / scores.shape[-1])
+        if not training:
+            weights = torch.ones_like(scores)
+            return Decision(weights, scores, weights / scores.shape[-1])
+        chosen = torch.randint(scores.shape[-1], (1,), device=scores.device)
+        weights = torch.zeros_like(scores).index_fill(-1, chosen, 1.0)
+        return Decision(weights, scores, weights, active=1)
 
     def even_weight(self, gates: int) -> float:
         return 1.0
@@ -247,7 +256,7 @@ def smooth_step(values: Tensor, gamma: float) -> Tensor:
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     """The value of `hard` with the gradient of `soft`."""
-    return soft + (hard - soft).detach()
+    return hard.detach() + (soft - soft.detach())  # in this order the value is `hard` to the last bit
 
 
 def _keep_top(values: Tensor, ranking: Tensor, k: int) -> Tensor:

@@ -128,10 +128,27 @@ class Router(nn.Module):
         return load
 
     def _decide(self, x: Tensor, tasks: Tensor | None, training: bool) -> Decision:
+        if tasks is not None and tasks.dim() == 2 and self.config.scorer.needs_task:
+            return self._blend(x, tasks, training)
         decision = self._normalise(self.scorer(x, tasks), training)
         most = self.config.most_open
-        of_one = tasks is not None and tasks.dim() == 1  # a blend opens what any of its tasks opens
-        return replace(decision, active=most) if of_one and most is not None else decision
+        return decision if most is None else replace(decision, active=most)
+
+    def _blend(self, x: Tensor, shares: Tensor, training: bool) -> Decision:
+        """What every task decides alone, mixed by shares `(batch, tasks)`."""
+        rows, count = shares.shape
+        tasks = torch.arange(count, device=shares.device)
+        if self.granularity < Granularity.TOKEN:
+            return self._decide(x, tasks, training).mapped(lambda part: shares.to(part.dtype) @ part)
+        repeated = x.repeat(count, *[1] * (x.dim() - 1))
+        alone = self._decide(repeated, tasks.repeat_interleave(rows), training)
+
+        def mixed(part: Tensor) -> Tensor:
+            by_task = part.reshape(count, rows, -1)
+            sums = torch.einsum("nt,tnr->nr", shares.to(part.dtype), by_task)
+            return sums.reshape(len(x), *part.shape[1:])
+
+        return alone.mapped(mixed)
 
     def _normalise(self, scores: Tensor, training: bool) -> Decision:
         if self.config.groups == 1:

@@ -1,7 +1,7 @@
 """What the weights of a router depend on. Each scorer is a config that builds its module.
 
-A new scorer needs a config with `granularity` and `build(dims)`, and a module whose `forward(x, tasks)` returns scores.
-Tasks are ids `(batch,)` or, where a row is a blend of tasks (a preference), weights over all tasks `(batch, tasks)`.
+A new scorer needs a config with `granularity` and `build(dims)`, and a module whose `forward(x, tasks)` returns scores
+for the task ids `(batch,)`. A blend of tasks is the router's affair: it mixes what the tasks decide alone.
 """
 
 from dataclasses import dataclass

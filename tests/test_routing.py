@@ -8,65 +8,35 @@ from hypothesis import strategies as st
 from loramux.routing import (
     Argmax,
     Decision,
+    DSelectK,
+    FixedTable,
+    Granularity,
+    GumbelSoftmax,
+    Identity,
+    NoisyStep,
+    OwnScore,
+    OwnTokenGate,
     PooledPrompt,
     Router,
     RouterConfig,
     RoutingStatistics,
+    SigmoidShare,
     SigmoidTopK,
     Softmax,
+    TaskEmbedding,
     TaskTable,
+    Threshold,
+    TokenAndTask,
     TokenLinear,
     TopK,
     balance_loss,
-    label_loss,
+    identity_rows,
+    own_gates,
     prompt_mask,
     update_selection_biases,
 )
-from loramux.routing.context import mean_pool, task_ids
+from loramux.routing.context import mean_pool, resolve_tasks, task_ids
 from loramux.support.errors import AdapterError
-
-scores_strategy = st.integers(0, 2**31).map(
-    lambda seed: torch.randn(5, 7, generator=torch.Generator().manual_seed(seed))
-)
-
-
-@given(scores=scores_strategy, k=st.integers(1, 7), temperature=st.floats(0.1, 5))
-@settings(deadline=None, max_examples=30)
-def test_top_k_weights_are_a_distribution_over_the_k_best(scores, k, temperature):
-    decision = TopK(k=k, temperature=temperature)(scores)
-    assert ((decision.weights > 0).sum(-1) == k).all()
-    torch.testing.assert_close(decision.weights.sum(-1), torch.ones(5))
-    best = scores.topk(k).indices.sort().values
-    assert torch.equal(decision.weights.topk(k).indices.sort().values, best)
-
-
-@given(scores=scores_strategy, k=st.integers(1, 7))
-@settings(deadline=None, max_examples=30)
-def test_the_selection_bias_chooses_gates_but_never_enters_their_weight(scores, k):
-    normalise = SigmoidTopK(k=k, balance_rate=1e-3)
-    bias = torch.zeros(7)
-    bias[3] = 10.0
-    decision = normalise(scores, bias)
-    gates = torch.sigmoid(scores)
-    assert (decision.weights[:, 3] > 0).all()
-    chosen = decision.weights > 0
-    torch.testing.assert_close(decision.weights.sum(-1), torch.full((5,), float(k)))
-    ratio = decision.weights[chosen].view(5, k) / gates[chosen].view(5, k)
-    torch.testing.assert_close(ratio, ratio[:, :1].expand(-1, k))
-
-
-def test_softmax_temperature_sharpens_and_argmax_takes_one():
-    scores = torch.tensor([[0.0, 1.0, 2.0]])
-    assert Softmax(temperature=0.1)(scores).weights[0, 2] > Softmax()(scores).weights[0, 2]
-    assert Argmax()(scores).weights.tolist() == [[0.0, 0.0, 1.0]]
-
-
-@pytest.mark.parametrize(
-    ("normaliser", "arguments"), [(Softmax, {"temperature": 0.0}), (TopK, {"k": 0}), (SigmoidTopK, {"k": -1})]
-)
-def test_normalisers_refuse_settings_without_meaning(normaliser, arguments):
-    with pytest.raises(ValueError, match="must be positive"):
-        normaliser(**arguments)
 
 
 def test_the_bias_moves_towards_the_gates_used_too_little():
@@ -93,20 +63,6 @@ def test_padding_counts_for_nothing():
     assert statistics.layers["layer"].usage().tolist() == [[1.0, 0.0]]
 
 
-def test_the_balance_loss_is_one_when_uniform_and_the_number_of_gates_on_collapse():
-    uniform = torch.full((1, 4, 4), 0.25)
-    assert balance_loss(Decision(torch.eye(4).unsqueeze(0), uniform, uniform)).item() == pytest.approx(1.0)
-    collapsed = torch.zeros(1, 4, 4)
-    collapsed[..., 0] = 1
-    assert balance_loss(Decision(collapsed, collapsed, collapsed)).item() == pytest.approx(4.0)
-
-
-def test_the_label_loss_is_cross_entropy_on_the_scores():
-    scores = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
-    decision = Decision(scores, scores, scores.softmax(-1))
-    assert label_loss(decision, torch.tensor([0, 1])) < label_loss(decision, torch.tensor([1, 0]))
-
-
 def test_effective_experts_count_the_gates_that_carry_the_traffic():
     statistics = RoutingStatistics(["a", "b"])
     statistics.add("even", torch.full((2, 3, 4), 0.25), None, torch.tensor([0, 1]))
@@ -118,6 +74,28 @@ def test_effective_experts_count_the_gates_that_carry_the_traffic():
     assert data["collapsed"]["effective_experts"] == pytest.approx(1.0)
     assert data["even"]["entropy"] == pytest.approx(torch.log(torch.tensor(4.0)).item(), rel=1e-4)
     assert data["collapsed"]["entropy"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@given(seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=10)
+def test_groups_decide_side_by_side_each_over_its_own_gates(groups, seed):
+    torch.manual_seed(seed)
+    config = RouterConfig(scorer=TaskTable(init_std=1.0), normaliser=SigmoidShare(), groups=groups)
+    router = Router(config, 4, 3, 12)
+    weights = router.settled(torch.arange(3)).weights.view(3, groups, -1)
+    alone = [SigmoidShare()(part).weights for part in router.scorer.logits.chunk(groups, dim=-1)]
+    torch.testing.assert_close(weights, torch.stack(alone, dim=1))
+
+
+def test_groups_of_selectors_have_scores_and_penalties_of_their_own():
+    config = RouterConfig(scorer=TaskTable(init_std=0.1), normaliser=DSelectK(k=1, gates=4), groups=3)
+    router = Router(config, 4, 2, 12)
+    assert router.scorer.logits.shape == (2, 3 * (2 + 1))
+    decision = router.settled(torch.arange(2))
+    assert decision.weights.shape == (2, 12)
+    alone = [DSelectK(k=1, gates=4)(part).penalty for part in router.scorer.logits.chunk(3, dim=-1)]
+    torch.testing.assert_close(decision.penalty, torch.stack(alone).sum(0))
 
 
 def test_a_task_table_needs_the_task_and_gives_it_its_own_row():
@@ -164,3 +142,68 @@ def test_tasks_are_named_or_numbered():
         task_ids("when", names)
     with pytest.raises(AdapterError, match=r"task id 2 is outside 0\.\.1"):
         task_ids(torch.tensor([2]), names)
+
+
+BLENDED = [
+    (TaskTable(init_std=1.0), Softmax()),
+    (TaskTable(init_std=1.0), SigmoidShare(sampled=True)),
+    (TaskTable(init_std=0.3), DSelectK(k=2, gates=3)),
+    (FixedTable(rows=identity_rows(3)), Identity()),
+    (OwnScore(init=0.15), Threshold(at=0.1)),
+    (TaskEmbedding(dim=5), GumbelSoftmax(hard=True)),
+    (TokenAndTask(init_std=1.0), TopK(k=1)),
+    (TokenAndTask(form="separate", init_std=1.0), TopK(k=2)),
+    (OwnTokenGate(hidden=3), NoisyStep()),
+]
+
+
+@pytest.mark.parametrize(("scorer", "normaliser"), BLENDED, ids=lambda part: type(part).__name__)
+@given(shares=st.lists(st.floats(0.01, 1), min_size=3, max_size=3), task=st.integers(0, 2))
+@settings(deadline=None, max_examples=5)
+def test_a_blend_of_tasks_mixes_what_they_decide_alone(scorer, normaliser, shares, task):
+    """Also where decisions are hard: half of a task is half of what it opens, and never nothing."""
+    torch.manual_seed(0)
+    router = Router(RouterConfig(scorer=scorer, normaliser=normaliser), 6, 3, 3).eval()
+    x = torch.randn(2, 5, 6)
+    blend = torch.tensor(shares) / sum(shares)
+    alone = [router(x, torch.tensor([number, number])).weights for number in range(3)]
+    mixed = router(x, torch.stack([blend, torch.eye(3)[task]]))
+    torch.testing.assert_close(mixed.weights[0], sum(s * w[0] for s, w in zip(blend, alone, strict=True)))
+    assert torch.equal(mixed.weights[1], alone[task][1])
+    if scorer.granularity < Granularity.TOKEN:
+        assert torch.equal(router.settled(blend.unsqueeze(0)).weights[0], mixed.weights[0])
+
+
+def test_a_router_of_prompts_does_not_read_the_blend_that_overrides_it():
+    router = Router(RouterConfig(scorer=PooledPrompt(), normaliser=Argmax(), shared=True), 6, 3, 3)
+    x = torch.randn(2, 6)
+    assert torch.equal(router(x, torch.full((2, 3), 1 / 3)).weights, router(x, None).weights)
+    blend = torch.tensor([[0.2, 0.3, 0.5]])
+    assert torch.equal(own_gates(blend, 3).weights, blend)
+    assert torch.equal(own_gates(torch.tensor([2, 0]), 3).weights, torch.eye(3)[[2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"who": 0.5, "where": 0.6}, r"must sum to one, got \[1\.1"),
+        ({"who": 1.5, "where": -0.5}, r"must not be negative, got \[\[1\.5, -0\.5\]\]"),
+        ({"who": float("nan"), "where": 1.0}, "must not be negative, got"),
+        ({"who": float("inf"), "where": 0.0}, "must sum to one"),
+        ({"who": 0.5, "when": 0.5}, "unknown task 'when'; this adapter knows: who, where"),
+        ({}, "must sum to one"),
+        (torch.tensor([[0.5, 0.2, 0.3]]), r"has 2 shares, one per task; got 3"),
+        (torch.tensor([[0.5, 0.5], [0.2, 0.2]]), "must sum to one"),
+    ],
+)
+def test_shares_off_the_simplex_are_refused(shares, message):
+    with pytest.raises(AdapterError, match=message):
+        resolve_tasks(shares, ["who", "where"])
+
+
+def test_a_blend_is_named_or_one_row_of_shares_per_example():
+    names = ["who", "where", "when"]
+    torch.testing.assert_close(resolve_tasks({"when": 0.7, "who": 0.3}, names), torch.tensor([[0.3, 0.0, 0.7]]))
+    rows = torch.tensor([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]])
+    assert torch.equal(resolve_tasks(rows, names), rows)
+    assert torch.equal(resolve_tasks(rows[0], names), rows[:1])

@@ -25,7 +25,7 @@ def dselect_k(
     """
     require_at_most("top_k", top_k, "experts", experts)
     router = RouterConfig(
-        scorer=TaskTable(init_std=0.05),
+        scorer=TaskTable(init_std=gamma / 100),
         normaliser=DSelectK(k=top_k, gates=experts, gamma=gamma),
         losses=(Penalty(weight=entropy_loss),),
     )
