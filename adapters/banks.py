@@ -25,6 +25,10 @@ class Bank(nn.Module):
         """Make the experts new."""
         raise NotImplementedError
 
+    def average_experts(self) -> None:
+        """Make every expert the mean of all, number by number."""
+        raise NotImplementedError
+
 
 class BankConfig(Protocol):
     """Builds a bank.
@@ -128,7 +132,7 @@ class DenseBank(Bank):
         super().__init__()
         self.down = nn.Parameter(torch.empty(1 if config.shared_down else config.experts, config.rank, in_features))
         self.up = nn.Parameter(torch.empty(config.experts, config.rank, out_features))
-        self.scale = nn.Parameter(torch.zeros(config.experts, out_features)) if config.output_scale else None
+        self.scale = nn.Parameter(torch.empty(config.experts, out_features)) if config.output_scale else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -138,8 +142,13 @@ class DenseBank(Bank):
         if self.scale is None:
             nn.init.zeros_(self.up)
         else:
+            nn.init.zeros_(self.scale)
             # B is drawn as LoRA would draw an (out_features, rank) matrix: its fan-in is the rank.
             nn.init.uniform_(self.up, -1 / math.sqrt(self.up.shape[1]), 1 / math.sqrt(self.up.shape[1]))
+
+    def average_experts(self) -> None:
+        for parameter in self.parameters():
+            _average(parameter, dim=0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up if self.scale is None else self.up * self.scale.unsqueeze(1)
@@ -165,6 +174,10 @@ class TensorProductBank(Bank):
         nn.init.uniform_(self.down, -bound, bound)
         nn.init.uniform_(self.up[:-1].data, -math.sqrt(3), math.sqrt(3))
         nn.init.zeros_(self.up[-1].data)
+
+    def average_experts(self) -> None:
+        for parameter in self.parameters():
+            _average(parameter, dim=1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return _product(self.down, self.in_features), _product(self.up, self.out_features)
@@ -205,6 +218,9 @@ class TensorTrainBank(Bank):
                 nn.init.normal_(core, std=deviation)
         nn.init.zeros_(self.up[-1])
 
+    def average_experts(self) -> None:
+        """There is one."""
+
     def factors(self) -> tuple[Tensor, Tensor]:
         down, up = _contract(self.down, self.in_features), _contract(self.up, self.out_features)
         return down.unsqueeze(0), up.unsqueeze(0)
@@ -235,6 +251,9 @@ class CoredBank(Bank):
         with torch.no_grad():
             self.cores.add_(torch.eye(self.cores.shape[-1], device=self.cores.device))
 
+    def average_experts(self) -> None:
+        _average(self.cores, dim=0)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.cores @ self.up
 
@@ -248,6 +267,11 @@ def require_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} (={value}) must be at least 1")
+
+
+@torch.no_grad()
+def _average(parameter: nn.Parameter, *, dim: int) -> None:
+    parameter.copy_(parameter.mean(dim, keepdim=True).expand_as(parameter))
 
 
 def _root(features: int, order: int) -> int:

@@ -29,7 +29,7 @@ from .joining import NewTask, saved_tensors
 from .layer import LoramuxLinear
 from .low_rank import LowRank
 from .peft_config import PREFIX, LoramuxConfig, register
-from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt
+from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt, text_config
 from .registry import MethodConfig, StageConfig, method_config
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | Mapping[str, float] | str
@@ -242,7 +242,7 @@ class LoramuxModel(BaseTuner):
     def depth_of(self, layer: str) -> float:
         """Where a layer stands: 0 at the first of the model, below 1 at the last; 0 where its name tells nothing."""
         numbers = [int(part) for part in layer.split(".") if part.isdigit()]
-        count = getattr(self.model.config, "num_hidden_layers", 0)
+        count = getattr(text_config(self.model), "num_hidden_layers", 0)
         return numbers[0] / count if numbers and numbers[0] < count else 0.0
 
     def routers(self, adapter: str | None = None) -> Iterator[Router]:
@@ -328,17 +328,16 @@ class LoramuxModel(BaseTuner):
         self.context.own_experts = False
         adapter = self.active_adapters[0]
         branches = [branch for layer in self.layers().values() for branch in layer.branches(adapter)]
-        for name in stage.after:
-            if name == "fit_prototypes":
-                self._fit_prompt_prototypes(adapter, prompts)
+        if "average_experts" in stage.after:
             for branch in branches:
-                if name == "average_experts":
-                    for parameter in branch.bank.parameters():
-                        parameter.copy_(parameter.mean(0, keepdim=True).expand_as(parameter))
-                elif name == "reset_experts":
-                    branch.bank.reset_parameters()
-                else:
-                    branch.fit_prototypes()
+                branch.bank.average_experts()
+        if "reset_experts" in stage.after:
+            for branch in branches:
+                branch.bank.reset_parameters()
+        if "fit_prototypes" in stage.after:
+            self._fit_prompt_prototypes(adapter, prompts)
+            for branch in branches:
+                branch.fit_prototypes()
         if self._held is not None:
             self._held.restore()
 

@@ -70,5 +70,9 @@ def _encoder(model: Any) -> Any:
 
 def hidden_size(model: Any) -> int:
     """The width of what `pool_prompt` returns."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return int(config.hidden_size)
+    return int(text_config(model).hidden_size)
+
+
+def text_config(model: Any) -> Any:
+    """What a model says of its language part, which for most is all of it."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
