@@ -172,8 +172,10 @@ class _OutputMix(Core):
             return down.unsqueeze(0), up.unsqueeze(0)
         weights = decision.weights.to(down.dtype)
         down, up = (factor.unflatten(0, (self.gates, -1)) for factor in (down, up))
+        if decision.active is None:
+            return down.flatten(0, 1).expand(len(weights), -1, -1), (up * weights[..., None, None]).flatten(1, 2)
         # In the order of the experts, so that sums do not change when a task joins that brings an expert of its own.
-        chosen = weights.topk(decision.active or self.gates, dim=-1).indices.sort(-1).values
+        chosen = weights.topk(decision.active, dim=-1).indices.sort(-1).values
         weight = weights.gather(-1, chosen)
         return down[chosen].flatten(1, 2), (up[chosen] * weight[..., None, None]).flatten(1, 2)
 
