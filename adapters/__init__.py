@@ -11,9 +11,10 @@ if __name__ == "adapters":
 
 from .banks import Bank, BankConfig, Cored, Dense, TensorProduct, TensorTrain
 from .branch import Branch, BranchConfig
-from .cores import Core, CoreConfig, FactorMix, HeadMix, LeafMix, OutputMix
+from .cores import Core, CoreConfig, FactorMix, HeadMix, InnerMix, OutputMix
 from .export import BaseIdentity, ExportConfig, ExportReport, exact_factors, export_task, save_lora
 from .fidelity import Fidelity, measure_fidelity
+from .generated import Hyper, Template
 from .hub import LoramuxModel
 from .layer import LoramuxLinear
 from .low_rank import RANK_CLASSES, LowRank
@@ -47,7 +48,8 @@ __all__ = [
     "FactorMix",
     "Fidelity",
     "HeadMix",
-    "LeafMix",
+    "Hyper",
+    "InnerMix",
     "Linear",
     "LoramuxConfig",
     "LoramuxLinear",
@@ -58,6 +60,7 @@ __all__ = [
     "OutputMix",
     "StageConfig",
     "TaskNames",
+    "Template",
     "TensorProduct",
     "TensorTrain",
     "adapted_linears",

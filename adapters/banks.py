@@ -5,12 +5,16 @@ joining all experts into one product is a view, not a copy. The delta is zero at
 """
 
 import math
-from typing import Protocol
+from collections.abc import Iterable
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..support.config import config
+
+Shape = tuple[int, int]
+"""The sizes `(in_features, out_features)` of a linear."""
 
 
 class Bank(nn.Module):
@@ -21,13 +25,46 @@ class Bank(nn.Module):
         `B (experts, rank, out_features)`."""
         raise NotImplementedError
 
+    def blended(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix what the experts are made of before it becomes factors; for banks with `inner_gates`.
+
+        Args:
+            weights: `(decisions, inner_gates)`.
+
+        Returns:
+            `A (decisions, rank, in_features)` and `B (decisions, rank, out_features)`.
+        """
+        raise NotImplementedError
+
+    def share(self, common: "Common") -> None:
+        """Take what the banks of all layers have in common; for banks whose config builds something."""
+        raise NotImplementedError
+
     def reset_parameters(self) -> None:
-        """Make the experts new."""
+        """Make the experts new, as far as they are not in common."""
         raise NotImplementedError
 
     def average_experts(self) -> None:
-        """Make every expert the mean of all, number by number."""
+        """Make every expert the mean of all, number by number, as far as they are not in common."""
         raise NotImplementedError
+
+
+class Common(nn.Module):
+    """What the banks of all layers have in common, and the hub holds.
+
+    `codes` are the names of its parameters whose rows stand for tasks, or for something tasks have.
+    """
+
+    codes: ClassVar[tuple[str, ...]]
+
+    def reset_parameters(self) -> None:
+        """Make what is in common new."""
+        raise NotImplementedError
+
+    def average_experts(self) -> None:
+        """Give all tasks the mean of their codes."""
+        for name in self.codes:
+            _average(self.get_parameter(name), dim=0)
 
 
 class BankConfig(Protocol):
@@ -37,6 +74,7 @@ class BankConfig(Protocol):
         experts: number of low-rank experts.
         rank: rank of each expert.
         shared_down: whether all experts share one A.
+        inner_gates: number of weights that mix what experts are made of; None where they are dense factors.
     """
 
     @property
@@ -45,11 +83,27 @@ class BankConfig(Protocol):
     def rank(self) -> int: ...
     @property
     def shared_down(self) -> bool: ...
+    @property
+    def inner_gates(self) -> int | None: ...
     def build(self, in_features: int, out_features: int) -> Bank: ...
+    def common(self, shapes: Iterable[Shape]) -> Common | None:
+        """What the banks of all linears of these shapes have in common; None where there is nothing."""
+        ...
+
+
+class _Separate:
+    """What banks say that share nothing."""
+
+    @property
+    def inner_gates(self) -> int | None:
+        return None
+
+    def common(self, shapes: Iterable[Shape]) -> Common | None:
+        return None
 
 
 @config
-class Dense:
+class Dense(_Separate):
     """Experts as dense factors, each its own or with one A for all (HydraLoRA).
 
     `output_scale` adds a trainable scale per expert and output unit, zero at the start; A and B are then both random
@@ -69,7 +123,7 @@ class Dense:
 
 
 @config
-class TensorProduct:
+class TensorProduct(_Separate):
     """Every factor row is a Kronecker product of `order` short leaves, cut to length (TensorPoly, Su et al. 2024).
 
     An expert takes `order * rank * (in_features^(1/order) + out_features^(1/order))` numbers instead of
@@ -86,12 +140,16 @@ class TensorProduct:
         if not 2 <= self.order <= 4:
             raise ValueError(f"order (={self.order}) must be 2, 3 or 4: products of more numbers lose precision")
 
+    @property
+    def inner_gates(self) -> int:
+        return self.order * self.experts
+
     def build(self, in_features: int, out_features: int) -> "TensorProductBank":
         return TensorProductBank(self, in_features, out_features)
 
 
 @config
-class TensorTrain:
+class TensorTrain(_Separate):
     """One expert whose A and B are tensor trains over `order` modes of the features and one of the rank (LoRETTA)."""
 
     rank: int = 8
@@ -110,7 +168,7 @@ class TensorTrain:
 
 
 @config
-class Cored:
+class Cored(_Separate):
     """One A and one B for all experts; an expert is the small matrix between them (CoMoL)."""
 
     experts: int = 1
@@ -183,14 +241,8 @@ class TensorProductBank(Bank):
         return _product(self.down, self.in_features), _product(self.up, self.out_features)
 
     def blended(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the leaves of all experts before their product.
-
-        Args:
-            weights: `(decisions, order, experts)`.
-
-        Returns:
-            `A (decisions, rank, in_features)` and `B (decisions, rank, out_features)`.
-        """
+        """Mix the leaves of all experts before their product, each order by weights of its own."""
+        weights = weights.unflatten(-1, (len(self.down), -1))
         down, up = (torch.einsum("noe,oerm->onrm", weights, leaves) for leaves in (self.down, self.up))
         return _product(down, self.in_features), _product(up, self.out_features)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..routing import Decision
 from ..routing.scorers import rows_of
 from ..support.config import config
-from .banks import Bank, BankConfig, TensorProduct, TensorProductBank, joined
+from .banks import Bank, BankConfig, joined
 
 Factors = tuple[Tensor, Tensor]
 
@@ -144,21 +144,21 @@ class FactorMix(_AnyCore):
 
 
 @config
-class LeafMix(_AnyCore):
-    """The leaves of a tensor product are averaged, each order by weights of its own (TensorPoly-II)."""
+class InnerMix(_AnyCore):
+    """What experts are made of is averaged, and then becomes factors: the leaves of tensor products, each order by
+    weights of its own (TensorPoly-II), or the codes of a hypernetwork (Hyper-X)."""
 
     @property
     def serves_tokens(self) -> bool:
         return False
 
     def num_gates(self, bank: BankConfig) -> int:
-        if not isinstance(bank, TensorProduct):
-            raise ValueError("LeafMix is for experts that are tensor products")
-        return bank.order * bank.experts
+        if bank.inner_gates is None:
+            raise ValueError("InnerMix is for experts that are made of something: of leaves, or of codes")
+        return bank.inner_gates
 
     def build(self, bank: BankConfig, tasks: int) -> Core:
-        assert isinstance(bank, TensorProduct)
-        return _LeafMix(bank.order)
+        return _InnerMix(self.num_gates(bank))
 
 
 class _OutputMix(Core):
@@ -254,16 +254,16 @@ class _FactorMix(Core):
         return weighted, blocks.flatten(3).flatten(0, 2)
 
 
-class _LeafMix(Core):
-    def __init__(self, order: int) -> None:
+class _InnerMix(Core):
+    def __init__(self, gates: int) -> None:
         super().__init__()
-        self.order = order
+        self.gates = gates
 
     def materialise(self, bank: Bank, decision: Decision | None, tasks: Tensor | None) -> Factors:
-        assert isinstance(bank, TensorProductBank)
+        own = next(bank.parameters())
         if decision is None:
-            return bank.blended(bank.down.new_ones(1, self.order, bank.down.shape[1]))
-        return bank.blended(decision.weights.to(bank.down.dtype).unflatten(-1, (self.order, -1)))
+            return bank.blended(own.new_ones(1, self.gates))
+        return bank.blended(decision.weights.to(own.dtype))
 
 
 def _per_token(decision: Decision, hidden: Tensor) -> Tensor:

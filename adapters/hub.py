@@ -1,4 +1,4 @@
-"""The hub: PEFT's tuner for every loramux method. It holds the routing context and the shared routers."""
+"""The hub: PEFT's tuner for every loramux method. It holds the routing context and what all layers share."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,17 +18,19 @@ from ..routing import (
     Router,
     RoutingContext,
     RoutingStatistics,
+    copy_corners,
     own_gates,
     update_selection_biases,
 )
 from ..routing.context import Observer, resolve_tasks
 from ..support.errors import AdapterError
+from .banks import Bank, Common
 from .branch import BranchConfig
 from .held import Held, experts_of_others
 from .joining import NewTask, saved_tensors
 from .layer import LoramuxLinear
 from .low_rank import LowRank
-from .peft_config import PREFIX, LoramuxConfig, register
+from .peft_config import CONTAINERS, PREFIX, LoramuxConfig, register
 from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt, text_config
 from .registry import MethodConfig, StageConfig, method_config
 
@@ -62,6 +64,7 @@ class LoramuxModel(BaseTuner):
         self._blocked_tasks: Tasks | None = None
         self._held: Held | None = None
         self.loramux_routers = nn.ModuleDict()
+        self.loramux_banks = nn.ModuleDict()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._check_name(adapter_name)
@@ -76,7 +79,7 @@ class LoramuxModel(BaseTuner):
                 "past its router"
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._add_shared_routers(adapter_name)
+        self._add_shared_parts(adapter_name)
 
     def _create_and_replace(
         self,
@@ -103,18 +106,20 @@ class LoramuxModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for name, routers in self.loramux_routers.items():
-            routers.requires_grad_(name in self.active_adapters and not inference_mode)
+        for container in (self.loramux_routers, self.loramux_banks):
+            for name, shared in container.items():
+                shared.requires_grad_(name in self.active_adapters and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         del self._methods[adapter_name]
-        if adapter_name in self.loramux_routers:
-            del self.loramux_routers[adapter_name]
+        for container in (self.loramux_routers, self.loramux_banks):
+            if adapter_name in container:
+                del container[adapter_name]
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        for container in ("loramux_branches", "loramux_routers"):
+        for container in CONTAINERS:
             key = key.replace(f"{container}.{adapter_name}.", f"{container}.")
         return key
 
@@ -252,6 +257,13 @@ class LoramuxModel(BaseTuner):
             if adapter is None or f".{adapter}." in name:
                 yield router
 
+    def common_banks(self, adapter: str) -> dict[int, Common]:
+        """What the banks of all layers have in common, by the number of their branch."""
+        if adapter not in self.loramux_banks:
+            return {}
+        shared = cast(nn.ModuleDict, self.loramux_banks[adapter])
+        return {int(index): cast(Common, common) for index, common in shared.items()}
+
     # ------------------------------------------------------------------ training
 
     def set_stage(self, stage: StageConfig) -> None:
@@ -328,12 +340,13 @@ class LoramuxModel(BaseTuner):
         self.context.own_experts = False
         adapter = self.active_adapters[0]
         branches = [branch for layer in self.layers().values() for branch in layer.branches(adapter)]
+        experts: list[Bank | Common] = [*(branch.bank for branch in branches), *self.common_banks(adapter).values()]
         if "average_experts" in stage.after:
-            for branch in branches:
-                branch.bank.average_experts()
+            for part in experts:
+                part.average_experts()
         if "reset_experts" in stage.after:
-            for branch in branches:
-                branch.bank.reset_parameters()
+            for part in experts:
+                part.reset_parameters()
         if "fit_prototypes" in stage.after:
             self._fit_prompt_prototypes(adapter, prompts)
             for branch in branches:
@@ -381,7 +394,7 @@ class LoramuxModel(BaseTuner):
                 branches = self._methods[adapter].at(self.depth_of(layer.name))
                 layer.update_layer(adapter, branches, len(config.tasks), config.inference_mode)
         self._cast_adapter_dtype(adapter)
-        self._add_shared_routers(adapter)
+        self._add_shared_parts(adapter)
         return NewTask(self, adapter, before)
 
     @contextmanager
@@ -542,18 +555,32 @@ class LoramuxModel(BaseTuner):
         with self.bypassed():
             return pool_prompt(self.model, inputs, kwargs, mask)
 
-    def _add_shared_routers(self, adapter: str) -> None:
+    def _add_shared_parts(self, adapter: str) -> None:
+        """Build what the whole model shares, after its layers."""
         config: LoramuxConfig = self.peft_config[adapter]
-        shared = nn.ModuleDict()
+        routers = nn.ModuleDict()
         for index, branch in self._shared_branches(adapter):
             assert branch.router is not None
-            shared[str(index)] = Router(branch.router, hidden_size(self.model), len(config.tasks), branch.gates)
+            routers[str(index)] = Router(branch.router, hidden_size(self.model), len(config.tasks), branch.gates)
+        for key in routers if adapter in self.loramux_routers else ():
+            cast(Router, routers[key]).take_over(self._shared_router(adapter, int(key)))
+        self._keep_shared(self.loramux_routers, adapter, routers)
+        layers = [layer for layer in self.layers().values() if layer.branches(adapter)]
+        shapes = [(layer.in_features, layer.out_features) for layer in layers]
+        built = {str(i): b.bank.common(shapes) for i, b in enumerate(self._methods[adapter].branches)}
+        banks = nn.ModuleDict({index: common for index, common in built.items() if common is not None})
+        for index, common in self.common_banks(adapter).items():
+            copy_corners(common, banks[str(index)])
+        self._keep_shared(self.loramux_banks, adapter, banks)
+        for index, common in self.common_banks(adapter).items():
+            for layer in layers:
+                layer.branches(adapter)[index].bank.share(common)
+
+    def _keep_shared(self, container: nn.ModuleDict, adapter: str, shared: nn.ModuleDict) -> None:
         if len(shared):
-            for key in shared if adapter in self.loramux_routers else ():
-                cast(Router, shared[key]).take_over(self._shared_router(adapter, int(key)))
             on_meta = any(p.is_meta for p in shared.parameters())  # loading fills in the real values
-            self.loramux_routers[adapter] = shared if on_meta else shared.to(self.model.device)
-            shared.requires_grad_(adapter in self.active_adapters and not config.inference_mode)
+            container[adapter] = shared if on_meta else shared.to(self.model.device)
+            shared.requires_grad_(adapter in self.active_adapters and not self.peft_config[adapter].inference_mode)
 
     def _check_name(self, adapter: str) -> None:
         """PEFT loses tensors silently when an adapter is called like a part of the model."""
@@ -564,11 +591,7 @@ class LoramuxModel(BaseTuner):
             )
 
     def _belongs_to_active_adapter(self, name: str) -> bool:
-        return any(
-            f"{container}.{adapter}." in name
-            for adapter in self.active_adapters
-            for container in ("loramux_branches", "loramux_routers")
-        )
+        return any(f"{container}.{adapter}." in name for adapter in self.active_adapters for container in CONTAINERS)
 
     def _active_configs(self) -> list[LoramuxConfig]:
         return [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]

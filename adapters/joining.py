@@ -12,6 +12,7 @@ from .banks import DenseBank
 from .branch import Branch
 from .held import Held, Part
 from .low_rank import LowRank
+from .peft_config import CONTAINERS
 
 if TYPE_CHECKING:
     from .hub import LoramuxModel
@@ -48,6 +49,7 @@ class NewTask:
     def __init__(self, hub: "LoramuxModel", adapter: str, before: Mapping[str, tuple[int, ...]]) -> None:
         self._branches = [branch for layer in hub.layers().values() for branch in layer.branches(adapter)]
         self._routers = list(hub.routers(adapter))
+        self._common = list(hub.common_banks(adapter).values())
         kinds = dict(self._kinds())
         self.parts = [
             Growth(tensor, kinds[id(tensor)], (*before[name], 0)[0])
@@ -120,13 +122,16 @@ class NewTask:
         for branch in self._branches:
             yield from ((id(tensor), "expert") for tensor in branch.bank.state_dict(keep_vars=True).values())
             yield from ((id(tensor), "row") for tensor in branch.core.state_dict(keep_vars=True).values())
+        for common in self._common:
+            named = common.state_dict(keep_vars=True).items()
+            yield from ((id(tensor), "row" if name in common.codes else "expert") for name, tensor in named)
         for router in self._routers:
             yield from ((id(tensor), _kind(router)) for tensor in router.state_dict(keep_vars=True).values())
 
 
 def saved_tensors(hub: "LoramuxModel", adapter: str) -> dict[str, Tensor]:
     """The parameters and buffers of an adapter that are saved with it, by name, themselves and not copies."""
-    containers = (f"loramux_branches.{adapter}.", f"loramux_routers.{adapter}.")
+    containers = [f"{container}.{adapter}." for container in CONTAINERS]
     named = hub.state_dict(keep_vars=True).items()
     return {name: tensor for name, tensor in named if any(container in name for container in containers)}
 

@@ -14,6 +14,8 @@ from ..support.errors import AdapterError
 from .registry import MethodConfig, find_method, method_config
 
 PREFIX = "loramux_"
+CONTAINERS = ("loramux_branches", "loramux_routers", "loramux_banks")
+"""What holds an adapter's tensors, by adapter name: one in every layer, and those of the hub for what layers share."""
 
 
 class LoramuxPeftType(str):

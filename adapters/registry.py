@@ -148,10 +148,16 @@ def method_config(name: str, *, tasks: Sequence[str], options: Mapping[str, Any]
     try:
         return method.build(tuple(tasks), **given)
     except pydantic.ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']} (got {fault['input']!r})" for fault in error.errors())
-        raise ConfigError(f"method {name!r}: {faults}") from None
+        raise ConfigError(f"method {name!r}: {'; '.join(map(_described, error.errors()))}") from None
     except ValueError as error:
         raise ConfigError(f"method {name!r}: {error}") from None
+
+
+def _described(fault: Any) -> str:
+    """One fault of an option or, where options do not fit each other, of what was to be built of them."""
+    if not fault["loc"]:
+        return str(fault["msg"]).removeprefix("Value error, ")
+    return f"{fault['loc'][-1]}: {fault['msg']} (got {fault['input']!r})"
 
 
 def find_method(name: str) -> Method:

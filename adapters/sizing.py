@@ -26,18 +26,21 @@ def count_parameters(method: MethodConfig, linears: Iterable[Linear], *, tasks: 
     Raises:
         ValueError: when the method cannot serve one of them.
     """
+    linears = list(linears)
+    shapes = [(linear.in_features, linear.out_features) for linear in linears]
     with torch.device("meta"):
         layers = [
             Branch(branch, linear.in_features, linear.out_features, tasks)
             for linear in linears
             for branch in method.at(linear.depth)
         ]
-        shared = [
+        routers = [
             Router(branch.router, hidden_size, tasks, branch.gates)
             for branch in method.branches
             if branch.router is not None and branch.router.shared
         ]
-    return sum(p.numel() for module in [*layers, *shared] for p in module.parameters())
+        banks = [common for branch in method.branches if (common := branch.bank.common(shapes)) is not None]
+    return sum(p.numel() for module in [*layers, *routers, *banks] for p in module.parameters())
 
 
 def adapter_parameters(hub: LoramuxModel) -> int:

@@ -16,6 +16,7 @@ CASES: dict[str, dict] = {
     "distil_gate": {"rank": 4, "hidden": 8},
     "dselect_k": {"rank": 4, "experts": 3, "top_k": 2},
     "hydralora": {"rank": 4, "experts": 3},
+    "hyperx": {"rank": 4, "code": 6, "source": 8, "languages": {"who": "en", "where": "en", "when": "de"}},
     "lora": {"rank": 4},
     "loramoe": {"rank": 4, "experts": 4, "knowledge_tasks": ["who"]},
     "loretta": {"rank": 4, "train_rank": 3, "order": 2},
@@ -31,6 +32,7 @@ CASES: dict[str, dict] = {
     "multilora": {"rank": 4, "experts": 3, "dropout": 0.0},
     "palora": {"rank": 4, "shared_rank": 4},
     "poly": {"rank": 4, "skills": 3, "alpha": 4.0},
+    "polyhistor": {"rank": 4, "template_width": 8, "code": 6, "hidden": 4},
     "router_retriever": {"rank": 4},
     "scalearn": {"rank": 4},
     "skillnet": {"rank": 4, "skills": {"who": ["a", "b"], "where": ["b"], "when": ["c"]}},
@@ -51,6 +53,7 @@ ONE_EXPERT: dict[str, dict] = {
     "distil_gate": {"rank": 4, "hidden": 8},
     "dselect_k": {"rank": 4, "experts": 1, "top_k": 1, "gamma": 1e-3},
     "hydralora": {"rank": 4, "experts": 1},
+    "hyperx": {"rank": 4, "code": 6, "source": 8},
     "lora": {"rank": 4},
     "loramoe": {"rank": 4, "experts": 1},
     "loretta": {"rank": 4, "train_rank": 3, "order": 2, "alpha": 4.0},
@@ -66,6 +69,7 @@ ONE_EXPERT: dict[str, dict] = {
     "multilora": {"rank": 4, "experts": 1, "dropout": 0.0},
     "palora": {"rank": 4, "shared_rank": 4},
     "poly": {"rank": 4, "skills": 1, "alpha": 4.0},
+    "polyhistor": {"rank": 4, "template_width": 8, "code": 6, "hidden": 4},
     "router_retriever": {"rank": 4},
     "scalearn": {"rank": 4},
     "skillnet": {"rank": 4, "skills": {"only": ["a"]}},
@@ -162,8 +166,9 @@ def with_random_experts(method: str, options: dict | None = None, **config) -> P
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".bank." in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if ".bank." in name or "loramux_banks." in name:
+                size = 0.1 if ".bank." in name else 0.5
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -145,14 +145,14 @@ def test_rows_of_tensor_products_are_kronecker_products_cut_to_length(inputs, or
 def test_leaves_are_blended_before_their_product(order):
     bank = scrambled(built(TensorProduct(experts=3, rank=2, order=order)))
     one_hot = torch.eye(3).unsqueeze(1).expand(3, order, 3)
-    for blended, factor in zip(bank.blended(one_hot), bank.factors(), strict=True):
+    for blended, factor in zip(bank.blended(one_hot.flatten(1)), bank.factors(), strict=True):
         torch.testing.assert_close(blended, factor)
     weights = torch.rand(1, order, 3)
     mixed = built(TensorProduct(experts=1, rank=2, order=order))
     with torch.no_grad():
         for own, leaves in ((mixed.down, bank.down), (mixed.up, bank.up)):
             own.copy_((weights[0, :, :, None, None] * leaves).sum(1, keepdim=True))
-    for blended, factor in zip(bank.blended(weights), mixed.factors(), strict=True):
+    for blended, factor in zip(bank.blended(weights.flatten(1)), mixed.factors(), strict=True):
         torch.testing.assert_close(blended, factor)
 
 

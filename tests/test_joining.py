@@ -8,12 +8,15 @@ from loramux.adapters.joining import even_blend
 from loramux.support.errors import AdapterError, ConfigError
 
 SAID_BY_TASK = {
+    "hyperx": {"languages": {**CASES["hyperx"]["languages"], "new": "fr"}},
     "madx": {"languages": {**CASES["madx"]["languages"], "new": "fr"}},
     "skillnet": {"skills": {**CASES["skillnet"]["skills"], "new": ["c", "a new one"]}},
 }
 MOVES_OTHERS = {"arrow"}  # its tokens choose among all experts, whatever the task
 every_method = pytest.mark.parametrize("method", sorted(set(CASES) - MOVES_OTHERS))
-with_a_row = pytest.mark.parametrize("method", ["mhr", "poly", "mtl_lora", "task_moe", "task_aware_moe", "scalearn"])
+with_a_row = pytest.mark.parametrize(
+    "method", ["hyperx", "mhr", "mtl_lora", "poly", "polyhistor", "scalearn", "task_aware_moe", "task_moe"]
+)
 with_an_expert = pytest.mark.parametrize(
     "method", ["alter", "clp", "distil_gate", "madx", "moa", "mtlora", "palora", "router_retriever", "skillnet", "taps"]
 )

@@ -32,3 +32,16 @@ def per_task(option: str, given: Mapping[str, object], tasks: Sequence[str]) -> 
         raise ValueError(
             f"{option}: nothing said of {', '.join(missing)}; write method: {{options: {{{option}: {{{lines}}}}}}}"
         )
+
+
+def numbered(option: str, given: Mapping[str, str], tasks: Sequence[str]) -> tuple[int, ...]:
+    """What an option says of every task as numbers, in the order of the tasks; equal words have equal numbers.
+
+    A task that comes last changes the numbers of none before it.
+
+    Raises:
+        ValueError: as `per_task` does.
+    """
+    per_task(option, given, tasks)
+    words = list(dict.fromkeys(given[task] for task in tasks))
+    return tuple(words.index(given[task]) for task in tasks)

@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from ...routing import RouterConfig, SigmoidShare, TaskTable
 from ..banks import TensorProduct
 from ..branch import BranchConfig
-from ..cores import FactorMix, LeafMix
+from ..cores import FactorMix, InnerMix
 from ..registry import MethodConfig, TaskNames, register_method
 from ._options import scale
 
@@ -32,7 +32,7 @@ def tensorpoly(
     )
     branch = BranchConfig(
         bank=TensorProduct(experts=skills, rank=rank, order=order),
-        core=FactorMix() if variant == "I" else LeafMix(),
+        core=FactorMix() if variant == "I" else InnerMix(),
         scaling=scale(alpha, rank),
         router=router,
         dropout=dropout,
