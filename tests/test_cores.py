@@ -13,7 +13,7 @@ from loramux.adapters import (
     Dense,
     FactorMix,
     HeadMix,
-    LeafMix,
+    InnerMix,
     OutputMix,
     TensorProduct,
     TensorTrain,
@@ -38,7 +38,7 @@ SERVED: list[tuple[CoreConfig, BankConfig]] = [
     (FactorMix(), DENSE),
     (FactorMix(), PRODUCT),
     (FactorMix(splits=4), DENSE),
-    (LeafMix(), PRODUCT),
+    (InnerMix(), PRODUCT),
 ]
 every_pair = pytest.mark.parametrize(("core", "bank"), SERVED)
 
@@ -182,7 +182,7 @@ def test_averaging_factors_is_not_averaging_outputs_but_for_one_expert_alone():
 
 
 def test_leaves_are_averaged_each_order_by_its_own_weights():
-    core, bank = made(LeafMix(), PRODUCT)
+    core, bank = made(InnerMix(), PRODUCT)
     weights = torch.randn(1, 6).double()
     down, _ = core.materialise(bank, decide(weights), None)
     first, second = (torch.einsum("e,erm->rm", weights[0].view(2, 3)[order], bank.down[order]) for order in range(2))
@@ -198,8 +198,8 @@ def test_leaves_are_averaged_each_order_by_its_own_weights():
         (OutputMix(block_size=0), Dense(rank=6), r"block_size \(=0\) must divide the total rank \(=6\)"),
         (HeadMix(), DENSE, "HeadMix is for experts that share A"),
         (FactorMix(), HEADS, "experts that share A are mixed by HeadMix"),
-        (LeafMix(), DENSE, "LeafMix is for experts that are tensor products"),
-        (LeafMix(), TensorTrain(), "LeafMix is for experts that are tensor products"),
+        (InnerMix(), DENSE, "InnerMix is for experts that are made of something"),
+        (InnerMix(), TensorTrain(), "InnerMix is for experts that are made of something"),
     ],
 )
 def test_a_core_refuses_a_bank_it_cannot_work_on(core, bank, message):
@@ -209,8 +209,8 @@ def test_a_core_refuses_a_bank_it_cannot_work_on(core, bank, message):
 
 def test_what_cannot_be_routed_that_way_is_refused_when_it_is_written_down():
     by_token = RouterConfig(scorer=TokenLinear(), normaliser=Softmax())
-    with pytest.raises(ValueError, match="LeafMix needs weights that are constant over tokens"):
-        BranchConfig(bank=PRODUCT, core=LeafMix(), router=by_token)
+    with pytest.raises(ValueError, match="InnerMix needs weights that are constant over tokens"):
+        BranchConfig(bank=PRODUCT, core=InnerMix(), router=by_token)
     by_task = RouterConfig(scorer=TaskTable(), normaliser=Softmax(), groups=4)
     with pytest.raises(ValueError, match=r"groups \(=4\) must divide the number of gates \(=3\)"):
         BranchConfig(bank=DENSE, router=by_task)

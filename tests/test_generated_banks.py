@@ -8,8 +8,7 @@ import torch
 from cases import CASES, TASKS, adapted, logits, tiny_llama, train_a_little, trained
 from peft import PeftModel
 
-from loramux.adapters import Dense, Hyper, Linear, StageConfig, Template, count_parameters, exact_factors, method_config
-from loramux.adapters.cores import InnerMix
+from loramux.adapters import Hyper, Linear, StageConfig, Template, count_parameters, exact_factors, method_config
 from loramux.support.errors import ConfigError
 
 INVARIANT = {**CASES["hyperx"], "magnitude_invariant": True}
@@ -174,8 +173,6 @@ def test_options_that_do_not_fit_the_tasks_or_each_other_are_refused(method, opt
 
 
 def test_blocks_that_do_not_fit_each_other_are_refused():
-    with pytest.raises(ValueError, match="InnerMix is for experts that are made of something"):
-        InnerMix().num_gates(Dense(experts=2))
     with pytest.raises(ValueError, match="2 experts need as many languages, got 1"):
         Hyper(tasks=(0, 1), languages=(0,))
     with pytest.raises(ValueError, match=r"hidden \(=0\) must be at least 1"):
