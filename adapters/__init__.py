@@ -16,7 +16,9 @@ from .export import BaseIdentity, ExportConfig, ExportReport, exact_factors, exp
 from .fidelity import Fidelity, measure_fidelity
 from .generated import Hyper, Template
 from .hub import LoramuxModel
+from .import_experts import import_experts
 from .layer import LoramuxLinear
+from .lora_folder import PlainLora, read_lora
 from .low_rank import RANK_CLASSES, LowRank
 from .peft_config import LoramuxConfig
 from .registry import (
@@ -58,6 +60,7 @@ __all__ = [
     "Method",
     "MethodConfig",
     "OutputMix",
+    "PlainLora",
     "StageConfig",
     "TaskNames",
     "Template",
@@ -69,11 +72,13 @@ __all__ = [
     "exact_factors",
     "export_task",
     "find_method",
+    "import_experts",
     "matched_lora_rank",
     "measure_fidelity",
     "method_config",
     "methods",
     "numbered_tasks",
+    "read_lora",
     "register_method",
     "save_lora",
 ]

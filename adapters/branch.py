@@ -151,13 +151,14 @@ class Branch(nn.Module):
     @torch.no_grad()
     def fit_prototypes(self) -> None:
         """Point each token prototype along what its expert answers to most: the first right-singular vector of its
-        delta, found without forming it (Arrow, Ostapenko et al. 2024, section 3.2)."""
+        delta, found without forming it (Arrow, Ostapenko et al. 2024, section 3.2). No token is pointed to an expert
+        that adds nothing here."""
         if self.router is None or not isinstance(self.router.scorer, Prototypes):
             return
         for expert, (down, up) in enumerate(zip(*self.bank.factors(), strict=True)):
             q, r = torch.linalg.qr(down.double().T)
-            _, _, right = torch.linalg.svd(up.double().T @ r.T, full_matrices=False)
-            self.router.scorer.directions[expert] = (q @ right[0]).to(down.dtype)
+            _, strength, right = torch.linalg.svd(up.double().T @ r.T, full_matrices=False)
+            self.router.scorer.directions[expert] = (q @ right[0]).to(down.dtype) * (strength[0] > 0)
 
     def _decide(
         self, x: Tensor, tasks: Tensor | None, context: RoutingContext, adapter: str, layer: str
