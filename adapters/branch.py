@@ -58,6 +58,11 @@ class BranchConfig:
         return self.mixing.num_gates(self.bank)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether its router is one for the whole model."""
+        return self.router is not None and self.router.shared
+
+    @property
     def needs_task(self) -> bool:
         """Whether a call that names no task is an error."""
         return self.mixing.needs_task or (self.router is not None and self.router.scorer.needs_task)
@@ -87,7 +92,7 @@ class Branch(nn.Module):
         self.bank = config.bank.build(in_features, out_features)
         self.core = config.mixing.build(config.bank, tasks)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        own = config.router if config.router is not None and not config.router.shared else None
+        own = None if config.is_shared else config.router
         self.router = Router(own, in_features, tasks, config.gates) if own else None
         self.prefer_mixing = False
 
@@ -165,6 +170,8 @@ class Branch(nn.Module):
     ) -> Decision | None:
         if self.config.router is None:
             return None
+        if self.router is None and self.config.granularity == Granularity.TOKEN:
+            return context.layer_decision(adapter, self.index, layer, x)
         if self.router is None:
             return context.shared_decision(adapter, self.index)
         decision = self.router(x, tasks)

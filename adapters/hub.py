@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from ..routing.context import Observer, resolve_tasks
 from ..support.errors import AdapterError
 from .banks import Bank, Common
 from .branch import BranchConfig
+from .first_pass import reading_first
 from .held import Held, experts_of_others
 from .joining import NewTask, saved_tensors
 from .layer import LoramuxLinear
@@ -61,6 +63,7 @@ class LoramuxModel(BaseTuner):
         self.context = RoutingContext()
         self.stage: StageConfig | None = None
         self._methods: dict[str, MethodConfig] = {}
+        self._adapted: dict[str, list[str]] = {}
         self._blocked_tasks: Tasks | None = None
         self._held: Held | None = None
         self.loramux_routers = nn.ModuleDict()
@@ -70,14 +73,7 @@ class LoramuxModel(BaseTuner):
         self._check_name(adapter_name)
         config = self.peft_config[adapter_name]
         self._methods[adapter_name] = config.build()
-        if config.task_type is None and self._methods[adapter_name].granularity in (
-            Granularity.TASK,
-            Granularity.SEQUENCE,
-        ):
-            raise AdapterError(
-                f"method {config.method!r} needs a task_type (such as CAUSAL_LM): without one PEFT calls the model "
-                "past its router"
-            )
+        self._check_hub_is_called(config, self._methods[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._add_shared_parts(adapter_name)
 
@@ -112,7 +108,7 @@ class LoramuxModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        del self._methods[adapter_name]
+        del self._methods[adapter_name], self._adapted[adapter_name]
         for container in (self.loramux_routers, self.loramux_banks):
             if adapter_name in container:
                 del container[adapter_name]
@@ -155,7 +151,8 @@ class LoramuxModel(BaseTuner):
     ) -> Any:
         """The model's forward. In training, auxiliary losses are part of `output.loss` where there is one."""
         self._begin_call(args, kwargs, routing_tasks, routing_mask, recording=self.training)
-        output = self.model(*args, **kwargs)
+        with self._reading_first():
+            output = self.model(*args, **kwargs)
         self.context.recording = False  # a checkpointed block may run again in the backward pass; it has counted
         loss = getattr(output, "loss", None)
         if loss is not None and (auxiliary := self.context.auxiliary_loss()) is not None:
@@ -171,7 +168,8 @@ class LoramuxModel(BaseTuner):
     ) -> Any:
         """The model's generate. Prompts are routed once; every decoding step keeps the decision."""
         self._begin_call(args, kwargs, routing_tasks, routing_mask, recording=False)
-        return self.model.generate(*args, **kwargs)
+        with self._reading_first():
+            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def routing(self, tasks: Tasks) -> Iterator["LoramuxModel"]:
@@ -182,7 +180,7 @@ class LoramuxModel(BaseTuner):
         context.named_decisions = {
             (adapter, index): self._decide_for_tasks(adapter, index, branch, named, training=False)
             for adapter, named in context.named_tasks.items()
-            for index, branch in self._shared_branches(adapter)
+            for index, branch in self._decided_once(adapter)
         }
         try:
             yield self
@@ -233,8 +231,8 @@ class LoramuxModel(BaseTuner):
 
     @property
     def decides_once(self) -> bool:
-        """Whether a router is shared by the whole model."""
-        return any(b.router is not None and b.router.shared for b in self._active_branches())
+        """Whether a router decides once for the whole model."""
+        return any(b.is_shared and b.granularity < Granularity.TOKEN for b in self._active_branches())
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:
@@ -482,7 +480,7 @@ class LoramuxModel(BaseTuner):
         pooled: Tensor | None = None
         for adapter, rows in self._served_rows(inputs):
             tasks = self.context.tasks.get(adapter)
-            for index, branch in self._shared_branches(adapter):
+            for index, branch in self._decided_once(adapter):
                 if tasks is not None or branch.granularity == Granularity.TASK:
                     decision = self._decide_for_tasks(adapter, index, branch, tasks, training=self.training)
                     self.context.decisions[adapter, index] = decision
@@ -528,8 +526,47 @@ class LoramuxModel(BaseTuner):
     def _shared_branches(self, adapter: str) -> Iterator[tuple[int, BranchConfig]]:
         """The branches whose router is shared by the whole model, with their index."""
         for index, branch in enumerate(self._methods[adapter].branches):
-            if branch.router is not None and branch.router.shared:
+            if branch.is_shared:
                 yield index, branch
+
+    def _decided_once(self, adapter: str) -> Iterator[tuple[int, BranchConfig]]:
+        """Those of them whose decision holds for all layers and tokens."""
+        return ((i, branch) for i, branch in self._shared_branches(adapter) if branch.granularity < Granularity.TOKEN)
+
+    @contextmanager
+    def _reading_first(self) -> Iterator[None]:
+        """Before every call of the model in the block, let the base read its tokens where routers want that."""
+        if not any(branch.is_shared and branch.granularity == Granularity.TOKEN for branch in self._active_branches()):
+            yield
+            return
+        with reading_first(self.model, self._decide_for_tokens):
+            yield
+
+    def _decide_for_tokens(self, hidden_states: Callable[[], Tensor]) -> None:
+        """Make the decisions of all layers from what the base says of the tokens of this call."""
+        context = self.context
+        context.layer_decisions = {}
+        if context.bypass or context.static_factors is not None:
+            return
+        waiting = [
+            (adapter, index)
+            for adapter in context.adapter_rows or self.active_adapters
+            for index, branch in (self._shared_branches(adapter) if adapter in self._methods else ())
+            if branch.granularity == Granularity.TOKEN and not (context.own_experts and adapter in context.tasks)
+        ]
+        if not waiting:
+            return
+        with self.bypassed():
+            hidden = hidden_states()
+        for adapter, index in waiting:
+            mixed = context.adapter_rows is not None
+            x = hidden[context.rows_of(adapter, len(hidden)).to(hidden.device)] if mixed else hidden
+            router, tasks = self._shared_router(adapter, index), context.tasks.get(adapter)
+            decisions = router(x, tasks)
+            for number, layer in enumerate(self._adapted[adapter]):
+                decision = decisions.mapped(itemgetter(number))
+                context.layer_decisions[adapter, index, layer] = decision
+                context.record(layer, router, decision, x, tasks)
 
     def _shared_router(self, adapter: str, index: int) -> Router:
         shared = self.loramux_routers[adapter]
@@ -557,15 +594,16 @@ class LoramuxModel(BaseTuner):
 
     def _add_shared_parts(self, adapter: str) -> None:
         """Build what the whole model shares, after its layers."""
-        config: LoramuxConfig = self.peft_config[adapter]
+        tasks, width = len(self.peft_config[adapter].tasks), hidden_size(self.model)
+        layers = [layer for layer in self.layers().values() if layer.branches(adapter)]
+        self._adapted[adapter] = [layer.name for layer in layers]
         routers = nn.ModuleDict()
         for index, branch in self._shared_branches(adapter):
             assert branch.router is not None
-            routers[str(index)] = Router(branch.router, hidden_size(self.model), len(config.tasks), branch.gates)
+            routers[str(index)] = Router(branch.router, width, tasks, branch.gates, len(layers))
         for key in routers if adapter in self.loramux_routers else ():
             cast(Router, routers[key]).take_over(self._shared_router(adapter, int(key)))
         self._keep_shared(self.loramux_routers, adapter, routers)
-        layers = [layer for layer in self.layers().values() if layer.branches(adapter)]
         shapes = [(layer.in_features, layer.out_features) for layer in layers]
         built = {str(i): b.bank.common(shapes) for i, b in enumerate(self._methods[adapter].branches)}
         banks = nn.ModuleDict({index: common for index, common in built.items() if common is not None})
@@ -581,6 +619,19 @@ class LoramuxModel(BaseTuner):
             on_meta = any(p.is_meta for p in shared.parameters())  # loading fills in the real values
             container[adapter] = shared if on_meta else shared.to(self.model.device)
             shared.requires_grad_(adapter in self.active_adapters and not self.peft_config[adapter].inference_mode)
+
+    def _check_hub_is_called(self, config: LoramuxConfig, method: MethodConfig) -> None:
+        first = [b for b in method.branches if b.is_shared and b.granularity == Granularity.TOKEN]
+        if config.task_type is None and (first or method.granularity in (Granularity.TASK, Granularity.SEQUENCE)):
+            raise AdapterError(
+                f"method {config.method!r} needs a task_type (such as CAUSAL_LM): without one PEFT calls the model "
+                "past its router"
+            )
+        if first and getattr(self.model.config, "is_encoder_decoder", False):
+            raise AdapterError(
+                f"method {config.method!r} weights experts token by token from one pass of the base; an "
+                "encoder-decoder has tokens of two kinds. Use a decoder or an encoder"
+            )
 
     def _check_name(self, adapter: str) -> None:
         """PEFT loses tensors silently when an adapter is called like a part of the model."""

@@ -75,8 +75,8 @@ class NewTask:
     def joins_every_task(self) -> bool:
         """Whether its expert may be chosen for tokens of other tasks too."""
         return any(
-            router is not None and router.granularity == Granularity.TOKEN and not router.config.scorer.needs_task
-            for router in (branch.router for branch in self._with_new_expert())
+            router is not None and router.scorer.granularity == Granularity.TOKEN and not router.scorer.needs_task
+            for router in (branch.config.router for branch in self._with_new_expert())
         )
 
     @property

@@ -153,9 +153,8 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
     def _add_rows(self, output: Tensor, x: Tensor) -> Tensor:
         """Serve each row of a mixed batch by the adapter it names."""
         adapted = output.clone()
-        repeats = len(x) // sum(len(rows) for rows in (self.context.adapter_rows or {}).values())
-        for adapter, rows in (self.context.adapter_rows or {}).items():
-            index = (rows.unsqueeze(-1) * repeats + torch.arange(repeats, device=rows.device)).flatten().to(x.device)
+        for adapter in self.context.adapter_rows or {}:
+            index = self.context.rows_of(adapter, len(x)).to(x.device)
             part = output[index]
             for branch in self.branches(adapter):
                 part = branch.add_to(part, x[index], self.context, adapter, self.name)

@@ -22,17 +22,22 @@ def pool_prompt(model: Any, inputs: Tensor, kwargs: dict[str, Any], mask: Tensor
     attention = attention_of(inputs, kwargs)
     if mask is None:
         mask = prompt_mask(attention, _prompt_labels(model, inputs, kwargs))
-    encoder = _encoder(model)
+    encoder = encoder_of(model)
     call = {"input_ids" if inputs.dim() == 2 else "inputs_embeds": inputs, "attention_mask": attention}
     padded_left = not bool(attention[:, 0].all())
     if padded_left and "position_ids" in inspect.signature(encoder.forward).parameters:
         call["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0)
+    return mean_pool(hidden_states(encoder, call), mask.bool())
+
+
+@torch.no_grad()
+def hidden_states(encoder: Any, call: dict[str, Any]) -> Tensor:
+    """`(batch, tokens, width)`: what an encoder says in evaluation mode."""
     was_training = encoder.training
     try:
-        hidden = encoder.eval()(**call)[0]
+        return encoder.eval()(**call)[0]
     finally:
         encoder.train(was_training)
-    return mean_pool(hidden, mask.bool())
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -61,7 +66,7 @@ def continues(kwargs: dict[str, Any]) -> bool:
     return cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
 
 
-def _encoder(model: Any) -> Any:
+def encoder_of(model: Any) -> Any:
     """What reads the prompt: the encoder of an encoder-decoder, else the model without its head."""
     if model.config.is_encoder_decoder:
         return model.get_encoder()

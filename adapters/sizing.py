@@ -35,9 +35,9 @@ def count_parameters(method: MethodConfig, linears: Iterable[Linear], *, tasks: 
             for branch in method.at(linear.depth)
         ]
         routers = [
-            Router(branch.router, hidden_size, tasks, branch.gates)
+            Router(branch.router, hidden_size, tasks, branch.gates, len(linears))
             for branch in method.branches
-            if branch.router is not None and branch.router.shared
+            if branch.router is not None and branch.is_shared
         ]
         banks = [common for branch in method.branches if (common := branch.bank.common(shapes)) is not None]
     return sum(p.numel() for module in [*layers, *routers, *banks] for p in module.parameters())

@@ -26,6 +26,7 @@ from .normalisers import (
 from .router import Router, RouterConfig, copy_corners, update_selection_biases
 from .scorers import (
     Constant,
+    FirstPass,
     FixedTable,
     OwnScore,
     OwnTokenGate,
@@ -51,6 +52,7 @@ __all__ = [
     "Constant",
     "DSelectK",
     "Decision",
+    "FirstPass",
     "FixedTable",
     "Granularity",
     "GumbelSoftmax",

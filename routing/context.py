@@ -29,7 +29,8 @@ class RoutingContext:
         tasks: per adapter, task ids `(batch,)` or blends of tasks `(batch, tasks)` of the latest call.
         named_tasks: per adapter, the tasks that a surrounding `hub.routing` block names.
         decisions: per adapter and branch, what was decided once for the whole model, on `(batch, gates)`.
-        named_decisions: the same for the tasks that a surrounding `hub.routing` block names.
+        layer_decisions: per adapter, branch and layer, what was decided for the tokens of this call before it began.
+        named_decisions: the same as `decisions` for the tasks that a surrounding `hub.routing` block names.
         token_mask: `(batch, tokens)`, true for real tokens.
         adapter_rows: for mixed batches, the rows each adapter serves.
         own_experts: every row goes to the expert of its own task, whatever routers would say.
@@ -44,6 +45,7 @@ class RoutingContext:
     tasks: dict[str, Tensor] = field(default_factory=dict)
     named_tasks: dict[str, Tensor] = field(default_factory=dict)
     decisions: dict[tuple[str, int], Decision] = field(default_factory=dict)
+    layer_decisions: dict[tuple[str, int, str], Decision] = field(default_factory=dict)
     named_decisions: dict[tuple[str, int], Decision] = field(default_factory=dict)
     token_mask: Tensor | None = None
     adapter_rows: dict[str, Tensor] | None = None
@@ -78,6 +80,32 @@ class RoutingContext:
                 "task_type), not the model inside it"
             )
         return self.decisions[adapter, branch]
+
+    def layer_decision(self, adapter: str, branch: int, layer: str, x: Tensor) -> Decision:
+        """What was decided beforehand for the tokens `x (..., features)` of a layer, on `(..., gates)`.
+
+        Raises:
+            AdapterError: when nothing was decided, or the layer sees other tokens than the model was called with.
+        """
+        if (adapter, branch, layer) not in self.layer_decisions:
+            raise AdapterError(
+                f"adapter {adapter!r} is routed by a first pass of the base, and there was none: call the PEFT model "
+                "(with a task_type), not the model inside it"
+            )
+        decision = self.layer_decisions[adapter, branch, layer]
+        if decision.weights.shape[:-1].numel() != x.shape[:-1].numel():
+            raise AdapterError(
+                f"{layer}: adapter {adapter!r} has weights for {decision.weights.shape[:-1].numel()} tokens of the "
+                f"first pass, and this layer sees {x.shape[:-1].numel()}; leave it out of target_modules"
+            )
+        return decision
+
+    def rows_of(self, adapter: str, batch: int) -> Tensor:
+        """The rows of a batch that an adapter serves in a mixed batch; beams of a row lie next to each other."""
+        assert self.adapter_rows is not None
+        repeats = batch // sum(len(rows) for rows in self.adapter_rows.values())
+        rows = self.adapter_rows[adapter]
+        return (rows.unsqueeze(-1) * repeats + torch.arange(repeats, device=rows.device)).flatten()
 
     def record(self, layer: str, router: Router, decision: Decision, x: Tensor, tasks: Tensor | None) -> None:
         """Note a per-layer decision for losses, balance and statistics."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .decision import Decision, Granularity
 from .losses import LabelLoss, RouterLoss
 from .normalisers import Normaliser
-from .scorers import FixedTable, RouterDims, Scorer
+from .scorers import FirstPass, FixedTable, RouterDims, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class RouterConfig:
     Attributes:
         scorer: what the weights depend on.
         normaliser: how scores become weights.
-        shared: one decision for the whole model instead of one per adapted linear.
+        shared: one router for the whole model instead of one per adapted linear.
         groups: number of independent decisions side by side, each over its share of the gates (MHR's splits).
         losses: what decisions cost in training, averaged over layers.
     """
@@ -34,8 +34,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.scorer.granularity == Granularity.SEQUENCE and not self.shared:
             raise ValueError("a router that decides once per sequence must be shared by the whole model")
-        if self.scorer.granularity == Granularity.TOKEN and self.shared:
-            raise ValueError("a router of tokens cannot be shared by the whole model")
+        if self.scorer.granularity == Granularity.TOKEN and self.shared != isinstance(self.scorer, FirstPass):
+            raise ValueError("a router of tokens is shared by the whole model if it reads a first pass, and only then")
 
     @property
     def learns_labels(self) -> bool:
@@ -69,14 +69,15 @@ class Router(nn.Module):
         config: scorer, normaliser and losses.
         in_features: width of what it reads.
         tasks, gates: their numbers.
+        layers: how many layers it decides for, where it reads a first pass.
     """
 
     selection_bias: Tensor | None
 
-    def __init__(self, config: RouterConfig, in_features: int, tasks: int, gates: int) -> None:
+    def __init__(self, config: RouterConfig, in_features: int, tasks: int, gates: int, layers: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.scorer = config.scorer.build(RouterDims(in_features, tasks, config.num_scores(gates)))
+        self.scorer = config.scorer.build(RouterDims(in_features, tasks, config.num_scores(gates), layers))
         balanced = config.normaliser.bias_step > 0
         self.register_buffer("selection_bias", torch.zeros(gates) if balanced else None)
         # Not a buffer: DDP would overwrite each process's counts with those of the first.
@@ -94,7 +95,8 @@ class Router(nn.Module):
             tasks: `(batch,)` task ids, `(batch, tasks)` blends of tasks, or None.
 
         Returns:
-            A decision with weights `(..., gates)`, or `(batch, gates)` from a task table.
+            A decision with weights `(..., gates)`, `(batch, gates)` from a task table, or `(layers, ..., gates)` where
+            it decides for all layers at once.
         """
         return self._decide(x, tasks, self.training)
 

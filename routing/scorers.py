@@ -18,11 +18,13 @@ from .decision import Granularity
 
 @dataclass(frozen=True)
 class RouterDims:
-    """The sizes a router is built for: `in_features` of its input, number of tasks and number of scores."""
+    """The sizes a router is built for: `in_features` of its input, number of tasks and number of scores, and how many
+    layers it decides for."""
 
     in_features: int
     tasks: int
     scores: int
+    layers: int = 1
 
 
 class Scorer(Protocol):
@@ -207,6 +209,28 @@ class TokenPrototypes:
 
 
 @config
+class FirstPass:
+    """Scores for every layer at once, from the last hidden states of a pass of the frozen base (X-LoRA).
+
+    They come out as `(layers, ..., scores)`. `hidden` puts one ReLU layer of that width before the output, with
+    `dropout` in training.
+    """
+
+    hidden: int | None = None
+    dropout: float = 0.0
+    granularity: ClassVar[Granularity] = Granularity.TOKEN
+    is_task_logits: ClassVar[bool] = False
+    needs_task: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"the router's dropout (={self.dropout}) must be in [0, 1)")
+
+    def build(self, dims: RouterDims) -> nn.Module:
+        return _FirstPass(dims, self.hidden, self.dropout)
+
+
+@config
 class PooledPrompt:
     """A classifier on the mean of the frozen base's last hidden states over the prompt.
 
@@ -310,6 +334,25 @@ class _Perceptron(nn.Module):
     def forward(self, x: Tensor, tasks: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self.up(F.gelu(self.down(x.to(self.down.weight.dtype))))
+
+
+class _FirstPass(nn.Module):
+    """Shapes: `weight (scores, layers, width)` and `bias (scores, layers)`: a new expert is a new row."""
+
+    def __init__(self, dims: RouterDims, hidden: int | None, dropout: float) -> None:
+        super().__init__()
+        inner = [nn.Linear(dims.in_features, hidden), nn.ReLU(), nn.Dropout(dropout)] if hidden is not None else []
+        self.inner = nn.Sequential(*inner)
+        width = dims.in_features if hidden is None else hidden
+        self.weight = nn.Parameter(torch.empty(dims.scores, dims.layers, width))
+        self.bias = nn.Parameter(torch.zeros(dims.scores, dims.layers))
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def forward(self, x: Tensor, tasks: Tensor | None = None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            scores = torch.einsum("...d,eld->l...e", self.inner(x.to(self.weight.dtype)), self.weight)
+            bias = self.bias.T.reshape(scores.shape[0], *[1] * (x.dim() - 1), scores.shape[-1])
+            return scores + bias
 
 
 class _TokenAndTask(nn.Module):

@@ -42,6 +42,7 @@ CASES: dict[str, dict] = {
     "task_moe": {"rank": 4, "experts": 3},
     "tensorpoly": {"rank": 4, "skills": 3, "order": 2, "alpha": 4.0},
     "tlora": {"rank": 4, "terms": 3, "order": 2, "alpha": 4.0},
+    "xlora": {"rank": 4, "router_hidden": 8},
 }
 
 # The options at which a method has a single expert that is always fully on: it must then be plain LoRA.
@@ -79,11 +80,12 @@ ONE_EXPERT: dict[str, dict] = {
     "task_moe": {"rank": 4, "experts": 1},
     "tensorpoly": {"rank": 4, "skills": 1, "order": 2, "alpha": 4.0},
     "tlora": {"rank": 4, "terms": 1, "order": 2, "alpha": 4.0},
+    "xlora": {"rank": 4},
 }
 
 
 # Methods whose routers draw at random in training, and never in evaluation.
-RANDOM_IN_TRAINING = {"distil_gate", "mosa", "poly", "task_moe"}
+RANDOM_IN_TRAINING = {"distil_gate", "mosa", "poly", "task_moe", "xlora"}
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

@@ -12,7 +12,7 @@ SAID_BY_TASK = {
     "madx": {"languages": {**CASES["madx"]["languages"], "new": "fr"}},
     "skillnet": {"skills": {**CASES["skillnet"]["skills"], "new": ["c", "a new one"]}},
 }
-MOVES_OTHERS = {"arrow"}  # its tokens choose among all experts, whatever the task
+MOVES_OTHERS = {"arrow", "xlora"}  # their tokens choose among all experts, whatever the task
 every_method = pytest.mark.parametrize("method", sorted(set(CASES) - MOVES_OTHERS))
 with_a_row = pytest.mark.parametrize(
     "method", ["hyperx", "mhr", "mtl_lora", "poly", "polyhistor", "scalearn", "task_aware_moe", "task_moe"]
@@ -143,6 +143,7 @@ def test_every_method_has_an_even_blend(method):
 def test_what_a_hub_can_do_for_a_new_task_is_known():
     arrow, retriever, moa, scalearn = (joined(name)[2] for name in ("arrow", "router_retriever", "moa", "scalearn"))
     assert arrow.joins_every_task
+    assert joined("xlora")[2].joins_every_task
     assert not moa.joins_every_task
     assert retriever.has_prompt_prototypes
     assert not moa.has_prompt_prototypes

@@ -9,6 +9,7 @@ from loramux.routing import (
     Argmax,
     Decision,
     DSelectK,
+    FirstPass,
     FixedTable,
     Granularity,
     GumbelSoftmax,
@@ -121,8 +122,9 @@ def test_the_prompt_is_what_comes_before_the_first_answer():
 
 
 def test_sequences_are_decided_once_for_the_model_and_tokens_at_every_layer():
-    with pytest.raises(ValueError, match="a router of tokens cannot be shared"):
-        RouterConfig(scorer=TokenLinear(), normaliser=Softmax(), shared=True)
+    for scorer, shared in ((TokenLinear(), True), (FirstPass(), False)):
+        with pytest.raises(ValueError, match="shared by the whole model if it reads a first pass, and only then"):
+            RouterConfig(scorer=scorer, normaliser=Softmax(), shared=shared)
     with pytest.raises(ValueError, match="once per sequence must be shared"):
         RouterConfig(scorer=PooledPrompt(), normaliser=Argmax())
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from loramux.routing import (
     Constant,
+    FirstPass,
     FixedTable,
     Granularity,
     NoisyStep,
@@ -42,7 +43,7 @@ SCORERS = [
     TokenPrototypes(),
     PooledPrompt(hidden=3),
     PromptPrototypes(),
-]
+]  # and FirstPass, below: its scores are of all layers
 every_scorer = pytest.mark.parametrize("scorer", SCORERS, ids=lambda scorer: type(scorer).__name__)
 
 
@@ -119,6 +120,19 @@ def test_a_task_aware_gate_is_a_linear_map_of_token_and_task(form):
             joined = torch.cat([x[row], module.vectors[task].expand(5, -1)], dim=-1)
             expected = joined @ torch.cat([module.of_token.weight, module.of_task.weight], dim=-1).T
         torch.testing.assert_close(module(x, tasks)[row], expected)
+
+
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_a_first_pass_gives_every_layer_scores_of_its_own(hidden):
+    torch.manual_seed(0)
+    module = FirstPass(hidden=hidden, dropout=0.5).build(RouterDims(in_features=6, tasks=3, scores=4, layers=2)).eval()
+    module.bias.data.normal_()
+    x = torch.randn(3, 5, 6)
+    scores = module(x)
+    assert scores.shape == (2, 3, 5, 4)
+    for layer in range(2):
+        linear = module.inner(x) @ module.weight[:, layer].T + module.bias[:, layer]
+        torch.testing.assert_close(scores[layer], linear)
 
 
 @given(seed=st.integers(0, 2**31), noise=st.floats(0, 5))
