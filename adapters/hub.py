@@ -274,6 +274,8 @@ class LoramuxModel(BaseTuner):
             raise AdapterError(f"stage {stage.name!r} routes by task, and there are not as many experts as tasks")
         self.stage = stage
         self.context.own_experts = stage.route == "task"
+        for router in self.routers(self.active_adapters[0]):
+            router.is_frozen = "router" not in stage.train
         groups = self.grouped_parameters()
         for group, parameters in groups.items():
             trains = ("experts" if group == "experts" else "router") in stage.train

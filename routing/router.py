@@ -70,6 +70,9 @@ class Router(nn.Module):
         in_features: width of what it reads.
         tasks, gates: their numbers.
         layers: how many layers it decides for, where it reads a first pass.
+
+    Attributes:
+        is_frozen: whether a stage trains what is routed and not the router, which then draws nothing at random.
     """
 
     selection_bias: Tensor | None
@@ -77,6 +80,7 @@ class Router(nn.Module):
     def __init__(self, config: RouterConfig, in_features: int, tasks: int, gates: int, layers: int = 1) -> None:
         super().__init__()
         self.config = config
+        self.is_frozen = False
         self.scorer = config.scorer.build(RouterDims(in_features, tasks, config.num_scores(gates), layers))
         balanced = config.normaliser.bias_step > 0
         self.register_buffer("selection_bias", torch.zeros(gates) if balanced else None)
@@ -98,7 +102,7 @@ class Router(nn.Module):
             A decision with weights `(..., gates)`, `(batch, gates)` from a task table, or `(layers, ..., gates)` where
             it decides for all layers at once.
         """
-        return self._decide(x, tasks, self.training)
+        return self._decide(x, tasks, self.training and not self.is_frozen)
 
     def settled(self, tasks: Tensor | None) -> Decision:
         """What is decided for tasks, on `(batch, gates)`, where chance takes no part and no input is read."""

@@ -1,6 +1,7 @@
 """What each process of the distributed tests runs: several short trainings in one process group.
 
-A training whose name starts with `job` is the whole main job, with its exports and its report.
+A training whose name starts with `job` is the whole main job, with its exports and its report; one whose name starts
+with `refused` leaves the reason in a text file.
 
 torchrun --nproc_per_node 2 distributed_child.py BASE TASKS OUT "NAME=override;override" ...
 """
@@ -12,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from training_cases import make_recipe
 
+from loramux.support.errors import ConfigError
 from loramux.training.main_job import train_job
 from loramux.training.run import train_run
 
@@ -32,8 +34,13 @@ def main(base: str, tasks: str, out: str, *jobs: str) -> None:
         recipe = make_recipe(Path(base), Path(tasks), *overrides.split(";"))
         if name.startswith("job"):
             train_job(recipe, Path(out) / name)
+        elif name.startswith("refused"):
+            try:
+                train_run(recipe, Path(out) / name)
+            except ConfigError as error:
+                (Path(out) / f"{name}.txt").write_text(str(error))
         else:
-            train_run(recipe, Path(out) / name, evaluate=EVALUATIONS[name.split("-")[0]])
+            train_run(recipe, Path(out) / name, evaluate=EVALUATIONS.get(name.split("-")[0]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ from pydantic import PositiveInt
 from ...routing import GumbelSoftmax, RouterConfig, TaskEmbedding
 from ..banks import Dense
 from ..branch import BranchConfig
-from ..registry import MethodConfig, TaskNames, register_method
+from ..registry import MethodConfig, StageConfig, TaskNames, register_method
 from ._options import scale
 
 
@@ -16,14 +16,26 @@ def task_moe(
     task_dim: PositiveInt = 64,
     hidden: PositiveInt = 64,
     hard: bool = False,
+    route_share: float | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
 ) -> MethodConfig:
     """Experts mixed per task and layer by a small network on a trained task vector.
 
-    `hard` takes one expert, by a straight-through Gumbel softmax, where the default mixes them. An unseen task is
-    routed by a blend of the tasks it is like (`routing_tasks={"a": 0.5, "b": 0.5}`). Exports exactly.
+    `hard` takes one expert, by a straight-through Gumbel softmax, where the default mixes them. With `route_share`
+    routes are learned for that share of the steps; then they are frozen, and the experts start anew (the paper's
+    second stage, without annealing from even weights). An unseen task is routed by a blend of the tasks it is like
+    (`routing_tasks={"a": 0.5, "b": 0.5}`). Exports exactly.
     """
+    if route_share is not None and not 0 < route_share < 1:
+        raise ValueError(f"route_share (={route_share}) must be between 0 and 1")
     router = RouterConfig(scorer=TaskEmbedding(dim=task_dim, hidden=hidden), normaliser=GumbelSoftmax(hard=hard))
     bank = Dense(experts=experts, rank=rank)
-    return MethodConfig(branches=(BranchConfig(bank=bank, scaling=scale(alpha, rank), router=router, dropout=dropout),))
+    branch = BranchConfig(bank=bank, scaling=scale(alpha, rank), router=router, dropout=dropout)
+    if route_share is None:
+        return MethodConfig(branches=(branch,))
+    stages = (
+        StageConfig(name="routes", share=route_share, after=("reset_experts",)),
+        StageConfig(name="experts", share=1 - route_share, train=("experts",)),
+    )
+    return MethodConfig(branches=(branch,), stages=stages)
