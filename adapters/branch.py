@@ -207,5 +207,5 @@ def add_product(output: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     """`output + hidden @ up`, fused where the precisions agree."""
     if output.dtype != hidden.dtype or torch.is_autocast_enabled(output.device.type):
         return output + (hidden @ up).reshape(output.shape).to(output.dtype)
-    flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), up)
-    return flat.reshape(output.shape)
+    rows = math.prod(output.shape[:-1])  # not -1, which says nothing where the rank is 0
+    return torch.addmm(output.reshape(rows, output.shape[-1]), hidden.reshape(rows, len(up)), up).reshape(output.shape)

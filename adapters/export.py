@@ -19,7 +19,7 @@ from ..support.identity import BaseIdentity
 from .card import write_card
 from .fidelity import Fidelity, measure_fidelity
 from .fit import distil, fit_factors
-from .hub import LoramuxModel
+from .hub import LoramuxModel, TaskOrBlend
 from .low_rank import LowRank, to_one_rank_class
 
 WEIGHTS = "adapter_model.safetensors"
@@ -72,7 +72,7 @@ class ExportReport:
 
 def export_task(
     model: PeftModel,
-    task: str,
+    task: TaskOrBlend,
     folder: Path,
     *,
     base: BaseIdentity,
@@ -83,7 +83,7 @@ def export_task(
     allow_lossy: bool = False,
     card: Mapping[str, Any] | None = None,
 ) -> ExportReport:
-    """Write `folder` as a stock PEFT LoRA of one task.
+    """Write `folder` as a stock PEFT LoRA of one task, or of a blend of tasks (a preference).
 
     Exact where the method's weights are constant over the task's tokens, else fitted on `calibration`.
 
@@ -108,7 +108,7 @@ def export_task(
     report = _report(hub, task, how, factors, fidelity, score, settings)
     if report.faults and not allow_lossy:
         raise ExportRefused(
-            f"task {task!r}: " + "; ".join(report.faults) + ". Use --allow-lossy to export it all the same"
+            f"task {_named(task)!r}: " + "; ".join(report.faults) + ". Use --allow-lossy to export it all the same"
         )
     with atomic_folder(folder) as staging:
         task_type = hub.peft_config[hub.active_adapters[0]].task_type
@@ -119,8 +119,10 @@ def export_task(
 
 
 @torch.no_grad()
-def exact_factors(hub: LoramuxModel, task: str | None) -> dict[str, LowRank]:
-    """The plain LoRA of every layer under one task.
+def exact_factors(hub: LoramuxModel, task: TaskOrBlend | None) -> dict[str, LowRank]:
+    """The plain LoRA of every layer under one task, or under a blend of tasks `{name: share}`.
+
+    Experts with weight zero take no rank.
 
     Raises:
         AdapterError: when the method routes by token, or `task` is needed and None.
@@ -129,7 +131,7 @@ def exact_factors(hub: LoramuxModel, task: str | None) -> dict[str, LowRank]:
     layers = {name: layer for name, layer in hub.layers().items() if layer.branches(adapter)}
     with hub.routing(task) if task is not None else nullcontext():
         pairs = {name: layer.factors(adapter) for name, layer in layers.items()}
-    return {name: LowRank(pair.down.detach().float(), pair.up.detach().float()) for name, pair in pairs.items()}
+    return {name: LowRank(pair.down.float(), pair.up.float()).without_zeros() for name, pair in pairs.items()}
 
 
 def save_lora(
@@ -186,7 +188,11 @@ def verify_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:
 
 
 def _best_factors(
-    hub: LoramuxModel, task: str, calibration: Sequence[Batch], held_out: Sequence[Batch], settings: ExportConfig
+    hub: LoramuxModel,
+    task: TaskOrBlend,
+    calibration: Sequence[Batch],
+    held_out: Sequence[Batch],
+    settings: ExportConfig,
 ) -> tuple[str, dict[str, LowRank], Fidelity]:
     if hub.method().exports_exactly:
         factors = to_one_rank_class(exact_factors(hub, task if hub.tasks else None))
@@ -203,7 +209,7 @@ def _best_factors(
 
 def _report(
     hub: LoramuxModel,
-    task: str,
+    task: TaskOrBlend,
     how: str,
     factors: dict[str, LowRank],
     fidelity: Fidelity,
@@ -219,7 +225,11 @@ def _report(
     rank = next(iter(factors.values())).rank
     method = hub.peft_config[hub.active_adapters[0]].method
     faults = _faults(how, fidelity, routed, exported, settings)
-    return ExportReport(task, method, how, rank, fidelity, routed, exported, faults)
+    return ExportReport(_named(task), method, how, rank, fidelity, routed, exported, faults)
+
+
+def _named(task: TaskOrBlend) -> str:
+    return task if isinstance(task, str) else " + ".join(f"{share:g} {name}" for name, share in task.items())
 
 
 def _faults(

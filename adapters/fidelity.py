@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hub import LoramuxModel
+from .hub import LoramuxModel, TaskOrBlend
 from .low_rank import LowRank
 
 Batch = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Fidelity:
 
 @torch.no_grad()
 def measure_fidelity(
-    hub: LoramuxModel, task: str, factors: Mapping[str, LowRank], batches: Iterable[Batch]
+    hub: LoramuxModel, task: TaskOrBlend, factors: Mapping[str, LowRank], batches: Iterable[Batch]
 ) -> Fidelity:
     """Compare `factors` with the routed model on one task's examples (`input_ids`, `attention_mask`, `labels`)."""
     kl, base_kl, agree, worst, tokens = 0.0, 0.0, 0, 0.0, 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .fidelity import answer_logits, token_kl
-from .hub import LoramuxModel
+from .hub import LoramuxModel, TaskOrBlend
 from .low_rank import LowRank, rank_class
 
 Batch = Mapping[str, Tensor]
@@ -20,7 +20,9 @@ _RIDGE = 1e-4
 
 
 @torch.no_grad()
-def fit_factors(hub: LoramuxModel, task: str, batches: Sequence[Batch], rank: int | None = None) -> dict[str, LowRank]:
+def fit_factors(
+    hub: LoramuxModel, task: TaskOrBlend, batches: Sequence[Batch], rank: int | None = None
+) -> dict[str, LowRank]:
     """The best static LoRA of every layer for the inputs of one task.
 
     With `C = E[x x^T]` and `W = E[d x^T] C^-1` over the task's tokens, the truncated SVD of `W C^1/2` gives the map of
@@ -42,7 +44,7 @@ def fit_factors(hub: LoramuxModel, task: str, batches: Sequence[Batch], rank: in
 
 def distil(
     hub: LoramuxModel,
-    task: str,
+    task: TaskOrBlend,
     batches: Sequence[Batch],
     factors: dict[str, LowRank],
     *,
@@ -98,7 +100,7 @@ class _Moments:
         return LowRank((v[:rank] @ inverse_root).float(), (u[:, :rank] * s[:rank]).float())
 
 
-def _observe(hub: LoramuxModel, task: str, batch: Batch, moments: dict[str, _Moments]) -> None:
+def _observe(hub: LoramuxModel, task: TaskOrBlend, batch: Batch, moments: dict[str, _Moments]) -> None:
     mask = batch["attention_mask"].bool()
 
     def add(layer: str, x: Tensor, delta: Tensor) -> None:

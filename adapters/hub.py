@@ -37,6 +37,8 @@ from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt
 from .registry import MethodConfig, StageConfig, method_config
 
 Tasks = Tensor | Sequence[str] | Sequence[int] | Mapping[str, float] | str
+TaskOrBlend = str | Mapping[str, float]
+"""A task, or shares of tasks `{name: share}` that sum to one."""
 ParameterGroups = dict[str, list[tuple[str, nn.Parameter]]]
 
 

@@ -39,6 +39,11 @@ class LowRank:
         dtype = self.down.dtype
         return LowRank((root[:, None] * (v @ q_down.T)).to(dtype), ((q_up @ u) * root).to(dtype))
 
+    def without_zeros(self) -> "LowRank":
+        """The same delta without the ranks that add nothing to it, such as those of experts with weight zero."""
+        used = (self.down != 0).any(1) & (self.up != 0).any(0)
+        return LowRank(self.down[used], self.up[:, used])
+
     def without_excess(self) -> "LowRank":
         """The same, compressed where its rank is above what matrices of these sizes, or any rank class, can hold."""
         limit = min(self.down.shape[1], self.up.shape[0], RANK_CLASSES[-1])

@@ -12,7 +12,16 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from loramux.adapters import RANK_CLASSES, BaseIdentity, ExportConfig, LowRank, export_task, measure_fidelity, methods
+from loramux.adapters import (
+    RANK_CLASSES,
+    BaseIdentity,
+    ExportConfig,
+    LowRank,
+    exact_factors,
+    export_task,
+    measure_fidelity,
+    methods,
+)
 from loramux.adapters.export import verify_tensors
 from loramux.adapters.fit import distil, fit_factors
 from loramux.adapters.low_rank import rank_class, to_one_rank_class
@@ -245,3 +254,47 @@ def test_single_tasks_train_and_join_without_moving_the_others(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
     assert torch.equal(logits(again, routing_tasks="new"), logits(model, routing_tasks="new"))
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "ranks"),
+    [
+        ("clp", "who", {4}),  # one expert, of three of rank 4
+        ("clp", {"who": 0.3, "where": 0.7}, {8}),
+        ("palora", "who", {8}),  # the shared LoRA beside it
+        ("palora", {"who": 0.2, "where": 0.3, "when": 0.5}, {16}),
+        ("madx", "when", {8}),
+        ("skillnet", "who", {8}),  # two of three skills
+        ("skillnet", "where", {4}),
+    ],
+)
+def test_experts_with_weight_zero_take_no_rank_in_an_export(method, task, ranks):
+    model = trained(method)
+    factors = exact_factors(model.base_model, task)
+    assert {pair.rank for pair in factors.values()} == ranks
+    routed = logits(model, routing_tasks=task)
+    with model.base_model.using_factors(factors):
+        torch.testing.assert_close(logits(model), routed, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_whose_gate_is_closed_add_nothing_and_take_no_rank():
+    model = trained("taps")
+    hub = model.base_model
+    with torch.no_grad():
+        for number, layer in enumerate(hub.layers().values()):
+            layer.branches("default")[0].router.scorer.logits[0] = 0.15 if number >= 5 else 0.09
+    factors = exact_factors(hub, "who")
+    assert [pair.rank for pair in factors.values()] == [0] * 5 + [4] * 9
+    routed = logits(model, routing_tasks="who")
+    with hub.using_factors(factors):
+        torch.testing.assert_close(logits(model), routed, atol=1e-5, rtol=1e-5)
+    assert {pair.rank for pair in to_one_rank_class(factors).values()} == {8}
+
+
+@pytest.mark.parametrize("method", ["palora", "poly", "taps", "task_moe", "mtl_lora", "moa"])
+def test_a_blend_of_tasks_leaves_as_a_plain_lora_that_stock_peft_reads(method, tmp_path):
+    model, blend = trained(method), {"who": 0.25, "when": 0.75}
+    report = export_task(model, blend, tmp_path / "blend", base=BASE, calibration=[], held_out=batches(1))
+    assert (report.task, report.how) == ("0.25 who + 0.75 when", "exact")
+    stock = PeftModel.from_pretrained(tiny_llama(), tmp_path / "blend").eval()
+    torch.testing.assert_close(logits(stock), logits(model, routing_tasks=blend), atol=1e-4, rtol=0)
