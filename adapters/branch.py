@@ -44,6 +44,8 @@ class BranchConfig:
             raise ValueError(f"dropout (={self.dropout}) must be in [0, 1)")
         if self.granularity == Granularity.TOKEN and not self.mixing.serves_tokens:
             raise ValueError(f"{type(self.core).__name__} needs weights that are constant over tokens")
+        if self.router is not None and self.router.projected and not self.bank.shared_down:
+            raise ValueError("a router can read what A makes of a token only where all experts share A")
         if self.router is not None and self.gates % self.router.groups:
             raise ValueError(f"groups (={self.router.groups}) must divide the number of gates (={self.gates})")
 
@@ -93,7 +95,8 @@ class Branch(nn.Module):
         self.core = config.mixing.build(config.bank, tasks)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         own = None if config.is_shared else config.router
-        self.router = Router(own, in_features, tasks, config.gates) if own else None
+        width = config.bank.rank if own and own.projected else in_features
+        self.router = Router(own, width, tasks, config.gates) if own else None
         self.prefer_mixing = False
 
     @property
@@ -174,9 +177,14 @@ class Branch(nn.Module):
             return context.layer_decision(adapter, self.index, layer, x)
         if self.router is None:
             return context.shared_decision(adapter, self.index)
-        decision = self.router(x, tasks)
+        decision = self.router(self._projected(x) if self.router.config.projected else x, tasks)
         context.record(layer, self.router, decision, x, tasks)
         return decision
+
+    def _projected(self, x: Tensor) -> Tensor:
+        down, _ = self.bank.factors()
+        with torch.autocast(x.device.type, enabled=False):  # as in scorers, decisions are made in full precision
+            return torch.nn.functional.linear(x.to(down.dtype), down[0])
 
     def _add_mixed(self, output: Tensor, x: Tensor, decision: Decision | None, tasks: Tensor | None) -> Tensor:
         rows = 1 if tasks is None else len(tasks)

@@ -21,6 +21,7 @@ class RouterConfig:
         scorer: what the weights depend on.
         normaliser: how scores become weights.
         shared: one router for the whole model instead of one per adapted linear.
+        projected: it reads what the A that all experts share makes of a token, instead of the token (CoMoL).
         groups: number of independent decisions side by side, each over its share of the gates (MHR's splits).
         losses: what decisions cost in training, averaged over layers.
     """
@@ -28,6 +29,7 @@ class RouterConfig:
     scorer: Scorer
     normaliser: Normaliser
     shared: bool = False
+    projected: bool = False
     groups: int = 1
     losses: tuple[RouterLoss, ...] = ()
 

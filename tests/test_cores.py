@@ -214,6 +214,9 @@ def test_what_cannot_be_routed_that_way_is_refused_when_it_is_written_down():
     by_task = RouterConfig(scorer=TaskTable(), normaliser=Softmax(), groups=4)
     with pytest.raises(ValueError, match=r"groups \(=4\) must divide the number of gates \(=3\)"):
         BranchConfig(bank=DENSE, router=by_task)
+    projected = RouterConfig(scorer=TokenLinear(), normaliser=Softmax(), projected=True)
+    with pytest.raises(ValueError, match="a router can read what A makes of a token only where all experts share A"):
+        BranchConfig(bank=DENSE, router=projected)
     assert isinstance(BranchConfig(bank=HEADS).mixing, HeadMix)
     assert isinstance(BranchConfig(bank=DENSE).mixing, OutputMix)
 

@@ -238,18 +238,69 @@ def test_the_reported_parameter_count_is_the_real_one(method):
 @pytest.mark.parametrize(
     ("method", "formula"),
     [
-        ("lora", lambda i, o: 4 * (i + o)),
-        ("multilora", lambda i, o: 3 * 4 * (i + o) + 3 * o),
+        ("alter", lambda i, o: 3 * 4 * (i + o) + 3 * 3),
+        ("arrow", lambda i, o: 3 * 4 * (i + o)),
+        ("clp", lambda i, o: 3 * 4 * (i + o)),
+        ("comol", lambda i, o: 4 * (i + o) + 3 * 4 * 4 + 3 * 4),
+        ("distil_gate", lambda i, o: 3 * 4 * (i + o) + (i + 1) * 8 + 8 + 1),
+        ("dselect_k", lambda i, o: 3 * 4 * (i + o) + 3 * (2 * 2 + 2)),
         ("hydralora", lambda i, o: 4 * i + 3 * 4 * o + 3 * i),
-        ("molora", lambda i, o: 4 * 4 * (i + o) + 4 * i),
-        ("smora", lambda i, o: 16 * (i + o) + 16 * i),
+        ("lora", lambda i, o: 4 * (i + o)),
+        ("loramoe", lambda i, o: 4 * 4 * (i + o) + 4 * i),
+        ("loretta", lambda i, o: sum(1 * n * 3 + 3 * n * 3 + 3 * 4 * 1 for n in (6, 7))),
+        ("madx", lambda i, o: 2 * 4 * (i + o) + 3 * 4 * (i + o)),
+        ("mhr", lambda i, o: 3 * 4 * (i + o) + 3 * 3 * 4),
         ("moa", lambda i, o: 3 * 4 * (i + o)),
+        ("moelora", lambda i, o: 3 * 4 * (i + o) + 3 * 64 + 64 * 3),
+        ("mola", lambda i, o: 2 * 4 * (i + o) + 2 * i),
+        ("molora", lambda i, o: 4 * 4 * (i + o) + 4 * i),
+        ("mosa", lambda i, o: 8 * (i + o)),
+        ("mtl_lora", lambda i, o: 4 * i + 3 * 4 * o + 3 * (4 * 4 + 3)),
+        ("mtlora", lambda i, o: (4 + 3 * 2) * (i + o)),
+        ("multilora", lambda i, o: 3 * 4 * (i + o) + 3 * o),
+        ("palora", lambda i, o: (4 + 3 * 4) * (i + o)),
+        ("poly", lambda i, o: 3 * 4 * (i + o) + 3 * 3),
+        ("router_retriever", lambda i, o: 3 * 4 * (i + o)),
+        ("scalearn", lambda i, o: 3 * 4 * (i + o) + 3 * 3),
+        ("skillnet", lambda i, o: 3 * 4 * (i + o)),
+        ("smora", lambda i, o: 16 * (i + o) + 16 * i),
+        ("taps", lambda i, o: 3 * 4 * (i + o) + 3),
+        ("task_aware_moe", lambda i, o: 4 * 4 * (i + o) + 4 * i + 3 * 32 + 32 * 4),
+        ("task_moe", lambda i, o: 3 * 4 * (i + o) + 3 * 64 + (64 + 1) * 64 + (64 + 1) * 3),
+        ("tensorpoly", lambda i, o: 2 * 3 * 4 * (6 + 7) + 3 * 3),
+        ("tlora", lambda i, o: 2 * 3 * 4 * (6 + 7)),
     ],
 )
 def test_parameter_formulas_of_the_papers(method, formula):
+    """On a linear of 32 x 48, whose square roots round up to 6 and 7, for three tasks."""
     config = method_config(method, tasks=TASKS, options=CASES[method])
     router = 3 * 32 if method == "moa" else 0
     assert count_parameters(config, [Linear(32, 48)], tasks=3, hidden_size=32) == formula(32, 48) + router
+
+
+def test_variants_count_by_their_own_formulas():
+    def count(method: str, depth: float = 0.0, **options) -> int:
+        config = method_config(method, tasks=TASKS, options={**CASES[method], **options})
+        return count_parameters(config, [Linear(32, 48, depth)], tasks=3, hidden_size=32)
+
+    i, o = 32, 48
+    assert count("mtl_lora", core="diagonal") == 4 * i + 3 * 4 * o + 3 * (4 + 3)
+    assert count("tensorpoly", variant="II") == 2 * 3 * 4 * (6 + 7) + 3 * 3 * 2
+    assert count("tensorpoly", order=3) == 3 * 3 * 4 * (4 + 4) + 3 * 3
+    assert count("smora", block_size=4) == 16 * (i + o) + 16 * i // 4
+    assert count("task_aware_moe", gate="separate") == 4 * 4 * (i + o) + 3 * 4 * i
+    assert count("scalearn", uniform=True) == 3 * 4 * (i + o) + 3 * 3
+    assert count("mola", depth=0.5) == 4 * 4 * (i + o) + 4 * i
+
+
+def test_higher_layers_have_more_experts_where_the_method_says_so():
+    hub = adapted("mola", {"rank": 4, "experts": [2, 4]}).base_model
+    experts = {name: layer.branches("default")[0].config.bank.experts for name, layer in hub.layers().items()}
+    assert all(count == (2 if ".layers.0." in name else 4) for name, count in experts.items())
+    config = method_config("mola", tasks=TASKS, options={"experts": [2, 4, 6, 8]})
+    depths = [layer / 32 for layer in range(32)]
+    assert [config.at(depth)[0].bank.experts for depth in depths] == [2] * 8 + [4] * 8 + [6] * 8 + [8] * 8
+    assert hub.depth_of("lm_head") == 0.0  # its name tells nothing
 
 
 @every_method

@@ -16,7 +16,10 @@ def comol(
     alpha: float | None = None,
     dropout: float = 0.0,
 ) -> MethodConfig:
-    """One A and one B; the experts are small matrices between them, mixed per token by a softmax router."""
-    router = RouterConfig(scorer=TokenLinear(), normaliser=Softmax())
+    """One A and one B; the experts are small matrices between them, mixed per token by a softmax router.
+
+    The router is small too: it reads a token as A shows it.
+    """
+    router = RouterConfig(scorer=TokenLinear(), normaliser=Softmax(), projected=True)
     bank = Cored(experts=experts, rank=rank)
     return MethodConfig(branches=(BranchConfig(bank=bank, scaling=scale(alpha, rank), router=router, dropout=dropout),))
