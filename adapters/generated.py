@@ -121,8 +121,9 @@ class HyperNetwork(Common):
 
     Shapes: `tasks (tasks, code)`, `languages (languages, code)`, and heads from `source` to `rank * features`.
 
-    A does not start at random numbers for each code but at the same ones, LoRA's, for all linears of a shape, which the
-    codes then move: a head of small random weights alone would make an A far too small to learn from.
+    A head averages over what it reads, so that a step moves the factors it makes about as far as a step moves LoRA's;
+    summing, at the rates that suit LoRA, it diverges. A starts at LoRA's random numbers, the same for all linears of a
+    shape, which the codes then move.
     """
 
     codes = ("tasks", "languages")
@@ -144,12 +145,12 @@ class HyperNetwork(Common):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Hyper-X's initialisation but for the start of A, and a last layer for B that is zero."""
+        """Codes and the source start with numbers of about one, the heads' weights small, and those of B at zero."""
         nn.init.normal_(self.tasks)
         nn.init.normal_(self.languages)
         for name, parameter in self.named_parameters():
             if name.endswith("weight") and not name.startswith("up."):
-                nn.init.normal_(parameter, std=0.01)
+                nn.init.normal_(parameter, std=0.01 if name.startswith("down.") else parameter.shape[1] ** -0.5)
             elif name.startswith("down."):
                 bound = math.sqrt(self.rank / len(parameter))
                 nn.init.uniform_(parameter, -bound, bound)
@@ -165,6 +166,7 @@ class HyperNetwork(Common):
         ]
         code = torch.cat(codes, dim=-1)
         source = self.source(torch.cat([code.cos(), code.sin()], dim=-1) if self.invariant else code)
+        source = source / source.shape[-1]
         down, up = (heads[_key(shape)](source).unflatten(-1, (self.rank, -1)) for heads in (self.down, self.up))
         return down, up
 

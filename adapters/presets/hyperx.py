@@ -25,8 +25,9 @@ def hyperx(
 
     `languages` names the language of every task. Where several tasks are one task in different languages, `kinds` names
     that task; a pair that is never trained is then a task like any other, which its task and its language make between
-    them. Blends of tasks blend their codes. The paper's bottleneck has a ReLU between its factors and goes with
-    generated layer norms; this is its low-rank form. Exports exactly, at rank `rank`.
+    them. Blends of tasks blend their codes. The paper's bottleneck has a ReLU between its factors, goes with
+    generated layer norms and starts smaller; this is its low-rank form, for LoRA's learning rates. Exports exactly, at
+    rank `rank`.
 
     `magnitude_invariant` keeps the size of the codes constant and adds what they make to a LoRA of each layer that all
     tasks share (Ortiz et al. 2023, arXiv:2304.07645).
