@@ -1,5 +1,7 @@
 """What every method must do, whatever it is: one suite over all presets."""
 
+import re
+
 import pytest
 import torch
 from cases import (
@@ -342,8 +344,58 @@ def test_unknown_methods_and_options_name_the_nearest_valid_one():
         ("smora", {"rank": 64, "block_size": 3}, r"block_size \(=3\) must divide rank \(=64\)"),
         ("moa", {"router_share": 1.0}, r"router_share \(=1.0\) must be between 0 and 1"),
         ("lora", {"dropout": 1.0}, r"dropout \(=1.0\) must be in"),
+        ("alter", {"gate_share": 0.0}, r"gate_share \(=0.0\) must be between 0 and 1"),
+        ("scalearn", {"scale_share": 1.5}, r"scale_share \(=1.5\) must be between 0 and 1"),
+        ("task_moe", {"route_share": 1.0}, r"route_share \(=1.0\) must be between 0 and 1"),
+        ("taps", {"threshold": 0.0}, r"threshold \(=0.0\) must be between 0 and 0.15"),
+        ("taps", {"threshold": 0.2}, r"threshold \(=0.2\) must be between 0 and 0.15"),
+        ("distil_gate", {"budget": 1.0}, r"budget \(=1.0\) must be between 0 and 1"),
+        ("mosa", {"rank": 8, "modules": 3}, r"modules \(=3\) must divide rank \(=8\)"),
+        ("mola", {"experts": [1, 4]}, r"top_k \(=2\) must be at most experts \(=1\)"),
+        ("mola", {"experts": []}, r"top_k \(=2\) must be at most experts \(=0\)"),
+        ("dselect_k", {"experts": 2, "top_k": 3}, r"top_k \(=3\) must be at most experts \(=2\)"),
+        ("task_aware_moe", {"gate": "own"}, "gate: Input should be 'joined' or 'separate'"),
+        ("tensorpoly", {"order": 5}, r"order \(=5\) must be 2, 3 or 4"),
+        ("mtl_lora", {"temperature": 0.0}, r"temperature \(=0.0\) must be positive"),
+        ("dselect_k", {"gamma": 0.0}, r"gamma \(=0.0\) must be positive"),
+        ("skillnet", {"skills": {"who": ["a"], "where": []}}, "skills: where needs at least one skill"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_built(method, options, message):
     with pytest.raises(ConfigError, match=message):
         method_config(method, tasks=TASKS[:2], options=options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("skillnet", {"skills": {"who": ["a"]}}, "skills: nothing said of where (write method: {options: {skills: {"),
+        (
+            "skillnet",
+            {"skills": {"who": ["a"], "where": ["a"], "wen": ["b"]}},
+            "unknown task 'wen'; did you mean 'where'? (write method: {options: {skills: {who: ..., where: ...}}})",
+        ),
+        ("madx", {"languages": {"where": "en"}}, "languages: nothing said of who (write method: {options: {languages:"),
+        ("madx", {"languages": {"who": "en", "where": "en", "x": "de"}}, "unknown task 'x'; known: where, who (write"),
+        ("loramoe", {"knowledge_tasks": ["whoo"]}, "knowledge_tasks: unknown task 'whoo'; did you mean 'who'?"),
+    ],
+)
+def test_what_is_said_task_by_task_names_every_task_and_no_other(method, options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        method_config(method, tasks=TASKS[:2], options=options)
+
+
+@pytest.mark.parametrize("method", ["skillnet", "taps", "moelora", "task_aware_moe", "palora"])
+def test_an_unknown_task_is_refused_before_the_model_runs(method):
+    model = adapted(method)
+    for tasks, message in (
+        ("nobody", "unknown task 'nobody'; this adapter knows: who, where, when"),
+        (torch.tensor([0, 1, 2, 3]), r"task id 3 is outside 0\.\.2"),
+        ({"who": 0.5, "nobody": 0.5}, "unknown task 'nobody'"),
+        ({"who": 0.5, "where": 0.6}, "must sum to one"),
+        (torch.tensor([0.5, 0.5]), "has 3 shares, one per task; got 2"),
+        (torch.eye(3), "names 3 rows, the batch has 4"),
+        (None, "routed by task: pass routing_tasks="),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            logits(model, routing_tasks=tasks)

@@ -1,6 +1,6 @@
 """What several presets say in the same way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ...support.errors import did_you_mean
 
@@ -17,21 +17,37 @@ def require_at_most(small_name: str, small: int, large_name: str, large: int) ->
         )
 
 
+def require_between(name: str, value: float, low: float, high: float) -> None:
+    """Both ends are out."""
+    if not low < value < high:
+        raise ValueError(f"{name} (={value}) must be between {low:g} and {high:g}")
+
+
+def require_known(option: str, named: Iterable[str], tasks: Sequence[str]) -> None:
+    """Check that an option names tasks there are.
+
+    Raises:
+        ValueError: naming the first there is not, and what was meant.
+    """
+    for name in named:
+        if name not in tasks:
+            raise ValueError(f"{option}: unknown task {name!r}; {did_you_mean(name, tasks)}")
+
+
 def per_task(option: str, given: Mapping[str, object], tasks: Sequence[str]) -> None:
     """Check that an option which says something of every task names each of them and no other.
 
     Raises:
         ValueError: naming the task, with the lines a recipe wants.
     """
-    for name in given:
-        if name not in tasks:
-            raise ValueError(f"{option}: unknown task {name!r}; {did_you_mean(name, tasks)}")
+    lines = f"write method: {{options: {{{option}: {{{', '.join(f'{task}: ...' for task in tasks)}}}}}}}"
+    try:
+        require_known(option, given, tasks)
+    except ValueError as error:
+        raise ValueError(f"{error} ({lines})") from None
     missing = [task for task in tasks if task not in given]
     if missing:
-        lines = ", ".join(f"{task}: ..." for task in tasks)
-        raise ValueError(
-            f"{option}: nothing said of {', '.join(missing)}; write method: {{options: {{{option}: {{{lines}}}}}}}"
-        )
+        raise ValueError(f"{option}: nothing said of {', '.join(missing)} ({lines})")
 
 
 def numbered(option: str, given: Mapping[str, str], tasks: Sequence[str]) -> tuple[int, ...]:

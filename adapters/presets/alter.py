@@ -4,7 +4,7 @@ from ...routing import RouterConfig, Softmax, TaskTable
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, StageConfig, TaskNames, register_method
-from ._options import scale
+from ._options import require_between, scale
 
 
 @register_method("alter", paper="Xie et al. 2023, ALTER / Mixture-of-Task-Adapters, arXiv:2309.11042")
@@ -22,8 +22,7 @@ def alter(
     The gate starts `warmth` nats in favour of the task's own expert and is trained, with the experts, for `gate_share`
     of the steps. Exports exactly, at rank `tasks * rank` or compressed to what that is worth.
     """
-    if not 0 < gate_share < 1:
-        raise ValueError(f"gate_share (={gate_share}) must be between 0 and 1")
+    require_between("gate_share", gate_share, 0, 1)
     router = RouterConfig(scorer=TaskTable(diagonal=warmth), normaliser=Softmax())
     bank = Dense(experts=len(tasks), rank=rank)
     stages = (

@@ -4,7 +4,7 @@ from ...routing import BudgetLoss, NoisyStep, OwnTokenGate, RouterConfig
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, TaskNames, register_method
-from ._options import scale
+from ._options import require_between, scale
 
 
 @register_method("distil_gate", paper="Ferraz et al. 2023, DistilWhisper, arXiv:2311.01070")
@@ -24,6 +24,7 @@ def distil_gate(
     `budget_loss` keeps the share of tokens that use it near `budget`. Without the paper's distillation from a larger
     model; the gate is hard in evaluation.
     """
+    require_between("budget", budget, 0, 1)
     router = RouterConfig(
         scorer=OwnTokenGate(hidden=hidden),
         normaliser=NoisyStep(noise=noise),

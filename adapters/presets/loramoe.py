@@ -4,7 +4,7 @@ from ...routing import LocalBalanceLoss, RouterConfig, Softmax, TokenLinear
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, TaskNames, register_method
-from ._options import per_task, scale
+from ._options import require_known, scale
 
 
 @register_method("loramoe", paper="Dou et al. 2023, LoRAMoE, arXiv:2312.09979")
@@ -25,7 +25,7 @@ def loramoe(
     layers alone: set `method.target_modules` to them.
     """
     known = set(knowledge_tasks or ())
-    per_task("knowledge_tasks", dict.fromkeys([*known, *tasks]), tasks)
+    require_known("knowledge_tasks", knowledge_tasks or (), tasks)
     halves = tuple(int(bool(known) and 2 * expert >= experts) for expert in range(experts))
     kinds = tuple(int(bool(known) and task not in known) for task in tasks)
     loss = LocalBalanceLoss(weight=balance_loss, delta=delta, experts=halves, tasks=kinds)

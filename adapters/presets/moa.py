@@ -4,7 +4,7 @@ from ...routing import Argmax, LabelLoss, PooledPrompt, RouterConfig
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, StageConfig, TaskNames, register_method
-from ._options import scale
+from ._options import require_between, scale
 
 
 @register_method("moa", paper="Feng et al. 2024, Mixture-of-LoRAs, arXiv:2403.03432")
@@ -25,8 +25,7 @@ def moa(
     router. The router reads the frozen base alone, so its loss never bends an expert, and a task can be re-trained or
     added later without touching the others. Each task exports exactly, as the LoRA it is.
     """
-    if not 0 < router_share < 1:
-        raise ValueError(f"router_share (={router_share}) must be between 0 and 1")
+    require_between("router_share", router_share, 0, 1)
     router = RouterConfig(
         scorer=PooledPrompt(hidden=router_hidden),
         normaliser=Argmax(),

@@ -4,7 +4,7 @@ from ...routing import Identity, RouterConfig, TaskTable
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, StageConfig, TaskNames, register_method
-from ._options import scale
+from ._options import require_between, scale
 
 
 @register_method("scalearn", paper="Frohmann et al. 2023, ScaLearn, arXiv:2310.01217")
@@ -22,8 +22,7 @@ def scalearn(
     The scales are free numbers that need not sum to one, per layer, or one set for all layers (`uniform`). They are
     trained for `scale_share` of the steps, and start at the task's own expert. Exports exactly.
     """
-    if not 0 < scale_share < 1:
-        raise ValueError(f"scale_share (={scale_share}) must be between 0 and 1")
+    require_between("scale_share", scale_share, 0, 1)
     branch = BranchConfig(
         bank=Dense(experts=len(tasks), rank=rank),
         scaling=scale(alpha, rank),

@@ -4,7 +4,9 @@ from ...routing import OwnScore, Penalty, RouterConfig, Threshold
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, TaskNames, register_method
-from ._options import scale
+from ._options import require_between, scale
+
+_START = 0.15
 
 
 @register_method("taps", paper="Wallingford et al. 2022, Task Adaptive Parameter Sharing, arXiv:2203.16708")
@@ -22,8 +24,9 @@ def taps(
     A layer is on where its score, which starts at 0.15, is at least `threshold`; `sparsity_loss` on the scores' sizes
     closes the layers a task does not need. Exports exactly.
     """
+    require_between("threshold", threshold, 0, _START)  # else other tasks' gates would open, or none at all
     router = RouterConfig(
-        scorer=OwnScore(init=0.15), normaliser=Threshold(at=threshold), losses=(Penalty(weight=sparsity_loss),)
+        scorer=OwnScore(init=_START), normaliser=Threshold(at=threshold), losses=(Penalty(weight=sparsity_loss),)
     )
     bank = Dense(experts=len(tasks), rank=rank)
     return MethodConfig(branches=(BranchConfig(bank=bank, scaling=scale(alpha, rank), router=router, dropout=dropout),))

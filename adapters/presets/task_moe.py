@@ -4,7 +4,7 @@ from ...routing import GumbelSoftmax, RouterConfig, TaskEmbedding
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, StageConfig, TaskNames, register_method
-from ._options import scale
+from ._options import require_between, scale
 
 
 @register_method("task_moe", paper="Ye et al. 2022, Task-level mixture of experts, arXiv:2205.12701")
@@ -27,13 +27,12 @@ def task_moe(
     second stage, without annealing from even weights). An unseen task is routed by a blend of the tasks it is like
     (`routing_tasks={"a": 0.5, "b": 0.5}`). Exports exactly.
     """
-    if route_share is not None and not 0 < route_share < 1:
-        raise ValueError(f"route_share (={route_share}) must be between 0 and 1")
     router = RouterConfig(scorer=TaskEmbedding(dim=task_dim, hidden=hidden), normaliser=GumbelSoftmax(hard=hard))
     bank = Dense(experts=experts, rank=rank)
     branch = BranchConfig(bank=bank, scaling=scale(alpha, rank), router=router, dropout=dropout)
     if route_share is None:
         return MethodConfig(branches=(branch,))
+    require_between("route_share", route_share, 0, 1)
     stages = (
         StageConfig(name="routes", share=route_share, after=("reset_experts",)),
         StageConfig(name="experts", share=1 - route_share, train=("experts",)),

@@ -4,7 +4,7 @@ from ...routing import FirstPass, RouterConfig, Softmax, TopK
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, StageConfig, TaskNames, register_method
-from ._options import scale
+from ._options import require_between, scale
 
 
 @register_method("xlora", paper="Buehler and Buehler 2024, X-LoRA, arXiv:2402.07148")
@@ -27,8 +27,7 @@ def xlora(
     The network is linear, or has one layer of `router_hidden` with `router_dropout`, and trains for `router_share` of
     the steps.
     """
-    if not 0 < router_share < 1:
-        raise ValueError(f"router_share (={router_share}) must be between 0 and 1")
+    require_between("router_share", router_share, 0, 1)
     scorer = FirstPass(hidden=router_hidden, dropout=router_dropout)
     normaliser = Softmax(temperature=temperature) if top_k is None else TopK(k=top_k, temperature=temperature)
     branch = BranchConfig(
