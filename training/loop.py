@@ -72,6 +72,8 @@ class Trainer:
             for span in self.spans:
                 if self.progress.step < span.stop and not self.progress.stopped:
                     self._train_stage(span, shown)
+                if self.progress.step == span.stop and span is not self.spans[-1]:
+                    self._finish_stage(span)  # also where a run goes on from the last checkpoint of a stage
         self._take_best()
         self._finish_stage(self.spans[-1])
 
@@ -92,13 +94,9 @@ class Trainer:
         objective.release()
         self.wrapped = None
         if span is not self.spans[-1]:
-            self._finish_stage(span)
-        if span is not self.spans[-1]:
             self.accelerator.free_memory()  # a DDP wrapper left alive would reduce gradients a second time
 
     def _finish_stage(self, span: StageSpan) -> None:
-        if span.stage.after and self.is_sharded:
-            raise ConfigError("this method rearranges its experts between stages: use train.distributed: ddp")
         set_seed(_step_seed(self.config.seed, span.stop, 0))
         self.hub.finish_stage(span.stage, self._prompts)
 
@@ -256,6 +254,8 @@ class Trainer:
 
     def _place(self) -> None:
         self.is_sharded = self.config.distributed == "fsdp" and self.accelerator.num_processes > 1
+        if self.is_sharded and any(span.stage.after for span in self.spans):
+            raise ConfigError("this method rearranges whole experts after a stage: use train.distributed: ddp")
         self.model.to(self.accelerator.device)
         if self.is_sharded:
             shard(self.model, self.accelerator)
