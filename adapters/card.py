@@ -1,6 +1,6 @@
 """The model card of an exported adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,39 @@ def write_card(
     ModelCard(f"---\n{yaml.safe_dump(_metadata(report, base), sort_keys=False)}---\n\n{body}\n").save(
         folder / "README.md"
     )
+
+
+def import_card(method: str, base: str, revision: str | None, experts: Sequence[Mapping[str, str]]) -> str:
+    """The README.md of a mixture of LoRAs that were trained elsewhere.
+
+    Args:
+        experts: for each the same facts, `task` among them; they are shown as code, since strangers wrote some.
+    """
+    head = list(experts[0])
+    rows = [" | ".join(_code(expert[fact]) for fact in head) for expert in experts]
+    table = "\n".join(f"| {row} |" for row in [" | ".join(head), "|".join("---" for _ in head), *rows])
+    return f"""---
+{yaml.safe_dump(_metadata({"method": method}, base), sort_keys=False)}---
+
+# A mixture of {len(experts)} imported LoRAs
+
+The experts of this `{method}` mixture were trained elsewhere, each alone. `loramux import` put them together as they
+are; their own licences hold.
+
+{table}
+
+## Use
+
+```python
+import loramux.adapters  # tells PEFT about this kind of adapter
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}"{_pin(revision)})
+model = PeftModel.from_pretrained(base, "THIS_FOLDER")
+model.generate(**prompt, routing_tasks="{experts[0]["task"]}")
+```
+"""
 
 
 def _metadata(report: Mapping[str, Any], base: str) -> dict[str, Any]:
@@ -74,7 +107,6 @@ def _fidelity(report: Mapping[str, Any]) -> str:
 
 
 def _loading(base: str, revision: str | None, note: str) -> str:
-    pinned = f', revision="{revision}"' if revision else ""
     note = f"{note}\n\n" if note else ""
     return f"""## Use
 
@@ -82,11 +114,19 @@ def _loading(base: str, revision: str | None, note: str) -> str:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{pinned})
+base = AutoModelForCausalLM.from_pretrained("{base}"{_pin(revision)})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 
 vLLM: `vllm serve {base} --enable-lora --lora-modules NAME=THIS_FOLDER`"""
+
+
+def _pin(revision: str | None) -> str:
+    return f', revision="{revision}"' if revision else ""
+
+
+def _code(text: str) -> str:
+    return f"`{_cell(text.replace('`', ''))}`" if text else ""
 
 
 def _cell(text: str) -> str:

@@ -1,6 +1,6 @@
 """Export: one task leaves the hub as a plain PEFT LoRA folder, measured against the routed model it came from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..support.config import config
 from ..support.errors import ExportRefused
@@ -112,7 +112,8 @@ def export_task(
         )
     with atomic_folder(folder) as staging:
         task_type = hub.peft_config[hub.active_adapters[0]].task_type
-        save_lora(staging, factors, base=base, target_modules=_target_modules(hub), task_type=task_type)
+        targets = short_names(hub.layers(), hub.model)
+        save_lora(staging, factors, base=base, target_modules=targets, task_type=task_type)
         write_json(staging / REPORT, report.to_data())
         write_card(staging, report.to_data(), base.name, base.revision, card or {})
     return report
@@ -165,12 +166,11 @@ def save_lora(
     verify_tensors(folder / WEIGHTS, tensors)
 
 
-def _target_modules(hub: LoramuxModel) -> list[str]:
+def short_names(adapted: Collection[str], model: nn.Module) -> list[str]:
     """Short names, which every server reads, where they name the adapted layers and no others; else full names."""
-    adapted = set(hub.layers())
     short = {name.rpartition(".")[2] for name in adapted}
-    named = {name for name, _ in hub.model.named_modules() if name.rpartition(".")[2] in short}
-    return sorted(short if named == adapted else adapted)
+    named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if named == set(adapted) else adapted)
 
 
 def verify_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:

@@ -101,7 +101,10 @@ def _check_fits(task: str, lora: PlainLora, branches: Mapping[str, Branch]) -> N
             raise AdapterError(
                 f"the LoRA for {task!r} adapts {name!r}, which this hub does not; add it to target_modules"
             )
-        rank = branches[name].config.bank.rank
+        bank = cast(DenseBank, branches[name].bank)
+        if (pair.down.shape[1], pair.up.shape[0]) != (bank.down.shape[2], bank.up.shape[2]):
+            raise AdapterError(f"the LoRA for {task!r} was read for another base: {name!r} has other sizes there")
+        rank = bank.down.shape[1]
         if pair.rank > rank:
             raise AdapterError(
                 f"the LoRA for {task!r} has rank {pair.rank} at {name!r}, the hub's experts {rank}; raise their rank"

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -195,7 +196,7 @@ def _stock_layers(settings: _Settings, base: Any, folder: Path) -> dict[str, Sto
     given = {field.name: getattr(settings, field.name) for field in fields(_Settings)}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             model = type(base)(copy.deepcopy(base.config))
             # No start is made: some would compute with the base's weights.
             inject_adapter_in_model(LoraConfig(init_lora_weights=False, **options), model, _ADAPTER)

@@ -21,6 +21,7 @@ from ..training.assess import draw_report, encode_tasks, read_results
 from ..training.compare import compare_methods
 from ..training.comparison import Comparison, draw_comparison, show_comparison
 from ..training.exports import export_run, identity_of
+from ..training.imports import import_recipe, import_run
 from ..training.main_job import evaluate_job, new_run_folder, train_job
 from ..training.recipe import BaseConfig, Recipe, load_recipe
 from ..training.report import show
@@ -107,6 +108,32 @@ def export(arguments: argparse.Namespace) -> None:
         show_table(f"plain LoRAs of {base.name} in {arguments.to}", head, rows)
     if refused:
         raise ExportRefused("\n".join(refused.values()))
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    settings = [*(f"method.options.{option}" for option in arguments.method_option), *arguments.set]
+    recipe = import_recipe(
+        arguments.experts, method=arguments.method, base=arguments.base, tasks=arguments.tasks, overrides=settings
+    )
+    imported, untrained = import_run(recipe, arguments.to)
+    head = ["task", "from", "modules", "rank", "named: logits differ by"]
+    rows = [
+        [
+            expert.task,
+            expert.source,
+            str(len(expert.lora.factors)),
+            str(expert.lora.rank),
+            "tokens choose" if expert.difference is None else f"{expert.difference:.1e}",
+        ]
+        for expert in imported
+    ]
+    show_table(f"experts of a {recipe.method.name} mixture on {recipe.base.model}", head, rows)
+    say(f"{arguments.to} is a run folder: `python serve.py {arguments.to}` serves it, PEFT loads its mixture/")
+    if not recipe.tasks:
+        say("it has no tasks (--tasks FILE), so it cannot be evaluated, exported or trained on")
+    if untrained:
+        own = arguments.to / "recipe.yaml"
+        say(f"still as new: the {' and '.join(untrained)}; `loramux train {own} --to RUN` trains that, and no expert")
 
 
 def methods(arguments: argparse.Namespace) -> None:

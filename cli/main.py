@@ -1,6 +1,7 @@
 """Reads the command line and runs one command. Nothing heavy is imported before the arguments are known to be right."""
 
 import argparse
+import keyword
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import commands
 
         commands.quieten_libraries()
-        getattr(commands, parsed.command)(parsed)
+        name = f"{parsed.command}_" if keyword.iskeyword(parsed.command) else parsed.command
+        getattr(commands, name)(parsed)
     except LoramuxError as error:
         print(f"loramux {parsed.command}: {error}", file=sys.stderr)
         return FAILED
@@ -53,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"loramux {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_train, _add_evaluate, _add_compare, _add_export, _add_methods, _add_tasks, _add_base):
+    adders = (_add_train, _add_evaluate, _add_compare, _add_export, _add_import, _add_methods, _add_tasks, _add_base)
+    for add in adders:
         add(commands)
     return parser
 
@@ -157,6 +160,50 @@ def _add_export(commands: Commands) -> None:
     parser.add_argument("--base-id", metavar="OWNER/NAME", help="the public id of a base that was a local folder")
 
 
+def _add_import(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "import",
+        "make PEFT LoRAs the experts of a mixture",
+        "Put LoRAs that were trained elsewhere together as one mixture with an expert per task. Nothing is trained: a\n"
+        "task that is named gets exactly its LoRA, unless the method chooses token by token. The result is a run\n"
+        "folder to serve, evaluate and export, and its recipe trains what chooses between the experts.",
+        """
+  loramux import who=exports/who where=exports/where --to hubs/two
+  loramux import sql=someone/sql-lora chat=adapters/chat --base HuggingFaceTB/SmolLM2-135M --to hubs/mixed
+  loramux import who=exports/who where=exports/where --method arrow --method-option top_k=1 --to hubs/arrow
+  loramux import who=a where=b --method router_retriever --tasks tasks.yaml --to hubs/by_prompt""",
+    )
+    parser.add_argument(
+        "experts",
+        nargs="+",
+        type=_assignment,
+        metavar="TASK=LORA",
+        help="a task and its LoRA: a PEFT folder, or a Hub id such as owner/name or owner/name@revision",
+    )
+    parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="a new folder")
+    parser.add_argument("--method", default="moa", metavar="M", help="see `loramux methods` (default: moa)")
+    parser.add_argument(
+        "--method-option",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the method (may be repeated; the rank is that of the widest LoRA)",
+    )
+    parser.add_argument("--base", metavar="MODEL", help="a Hub id or a folder (default: the base that all LoRAs name)")
+    parser.add_argument(
+        "--tasks", metavar="FILE", help="a task file with these tasks, to evaluate, export and train on"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one more key of the recipe, such as base.also_called=[other/name] (may be repeated)",
+    )
+
+
 def _add_methods(commands: Commands) -> None:
     parser = _command(
         commands,
@@ -226,6 +273,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+def _assignment(text: str) -> str:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return text
 
 
 def _listed(kind: type) -> Callable[[str], list]:

@@ -52,7 +52,7 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "export", "methods", "tasks", "base"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "export", "import", "methods", "tasks", "base"])
 def test_every_command_explains_itself_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])

@@ -3,6 +3,7 @@ LoRA, or is damaged or hostile, is refused before anything changes."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from loramux.adapters import LoramuxConfig, StageConfig, import_experts, read_lora
+from loramux.adapters import LoramuxConfig, LowRank, StageConfig, import_experts, read_lora
 from loramux.support.errors import AdapterError
 
 # Every way in which LoRAs of one base may differ. PEFT takes patterns as expressions, and the first that matches.
@@ -356,6 +357,16 @@ def test_what_does_not_fit_the_hub_is_refused_and_changes_nothing(stock):
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     with pytest.raises(AdapterError, match=r"has rank 6 at 'model.layers.0.self_attn.q_proj', the hub's experts 5"):
         import_experts(adapted("moa", {"rank": 5}), {"where": paths["where"]})
+
+
+def test_a_lora_that_was_read_once_can_be_used_again_on_its_own_base(stock):
+    lora = read_lora(stock["who"][0], tiny_llama())
+    model = adapted("moa", {"rank": 2}).eval()
+    import_experts(model, {"who": lora, "when": lora})
+    torch.testing.assert_close(logits(model, routing_tasks="when"), stock["who"][1], atol=1e-5, rtol=0)
+    other = {name: LowRank(pair.down[:, 1:], pair.up) for name, pair in lora.factors.items()}
+    with pytest.raises(AdapterError, match=r"the LoRA for 'who' was read for another base: .* has other sizes there"):
+        import_experts(model, {"who": replace(lora, factors=other)})
 
 
 @pytest.mark.parametrize("method", ["lora", "molora", "hydralora", "smora", "multilora"])

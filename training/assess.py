@@ -28,7 +28,16 @@ Answers = dict[str, list[Prediction]]
 
 
 def encode_tasks(run: TrainedRun) -> list[EncodedTask]:
-    """The tasks of a run as it was trained on them."""
+    """The tasks of a run as it was trained on them.
+
+    Raises:
+        RunError: it has none, because its experts were imported without.
+    """
+    if not run.tasks:
+        raise RunError(
+            f"{run.folder.path}: imported without tasks, so there are no examples to measure it on; import it again "
+            "with --tasks FILE, or name the file in its recipe.yaml (tasks: FILE)"
+        )
     return encode_all(run.tasks, run.recipe, run.tokenizer, run.model)
 
 

@@ -1,6 +1,6 @@
 """The training loop: stages of steps over the global batches of a mixture, on one or many processes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from ..adapters import StageConfig
 from ..support.console import Meter, meter, say
 from ..support.errors import ConfigError, RunError, TrainingDiverged
 from .answer_logits import Losses, Objective, sum_by_task, task_weights
@@ -26,7 +27,8 @@ Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 SCORE = "metric"
 """The key of an evaluation's result that picks the best checkpoint: the mean validation metric over tasks."""
 _MOST_NAMED = 8
-_PROTOTYPE_EXAMPLES = 128
+PROTOTYPE_EXAMPLES = 128
+"""Training examples per task that prototypes are fitted on."""
 
 
 class Trainer:
@@ -40,6 +42,7 @@ class Trainer:
         folder: where metrics and checkpoints go.
         evaluate: called with the model and the step on every process; its result is logged under `eval/`, and its
             `metric` picks the best checkpoint of the last stage.
+        stages: how it is trained; None: as the method says. Those that train nothing take no steps.
     """
 
     def __init__(
@@ -50,11 +53,12 @@ class Trainer:
         accelerator: Accelerator,
         folder: RunFolder,
         evaluate: Evaluate | None = None,
+        stages: Sequence[StageConfig] | None = None,
     ) -> None:
         self.model, self.hub, self.batches, self.config = model, model.base_model, batches, config
         self.accelerator, self.folder, self.evaluate = accelerator, folder, evaluate
         self.checkpoints = CheckpointFolder(folder.checkpoints, config.keep_checkpoints)
-        self.spans = stage_spans(self.hub.stages, config.steps)
+        self.spans = stage_spans(stages or self.hub.stages, config.steps)
         self.progress = Progress()
         self.last: dict[str, float] = {}
         self._resumed_optimizer: dict[str, Tensor] | None = None
@@ -68,7 +72,7 @@ class Trainer:
         """
         self._resume()
         self._place()
-        with meter("training", self.config.steps, self.progress.step) as shown:
+        with meter("training", self.spans[-1].stop, self.progress.step) as shown:
             for span in self.spans:
                 if self.progress.step < span.stop and not self.progress.stopped:
                     self._train_stage(span, shown)
@@ -102,7 +106,7 @@ class Trainer:
 
     def _prompts(self) -> Iterator[dict[str, Tensor]]:
         """Examples of every task, the same on every process."""
-        for batch in self.batches.samples(_PROTOTYPE_EXAMPLES):
+        for batch in self.batches.samples(PROTOTYPE_EXAMPLES):
             yield batch.to(self.accelerator.device).inputs
 
     def _train_step(self, span: StageSpan) -> None:
@@ -259,7 +263,7 @@ class Trainer:
         self.model.to(self.accelerator.device)
         if self.is_sharded:
             shard(self.model, self.accelerator)
-        if self.config.only_tasks is not None:
+        if self.config.only_tasks:
             if self.is_sharded:
                 raise ConfigError("train.only_tasks needs whole experts on every process: train.distributed: ddp")
             self.hub.train_only(self.config.only_tasks)

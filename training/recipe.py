@@ -27,6 +27,8 @@ class BaseConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     known_as: str | None = None
     """The Hub id that a local folder is a copy of; adapters name their base by it."""
+    also_called: tuple[str, ...] = ()
+    """Other names under which LoRAs that are imported may name this base: mirrors, folders of other machines."""
 
 
 @config
@@ -74,9 +76,11 @@ class TrainConfig:
     distributed: Literal["ddp", "fsdp"] = "ddp"
     """What several processes share: copies (ddp) or fully sharded weights (fsdp)."""
     only_tasks: tuple[str, ...] | None = None
-    """Train the experts of these tasks; the others keep their weights bit for bit (methods with an expert per task)."""
-    start_from: str | None = None
-    """A finished run or mixture folder whose experts to start from, matched by task name."""
+    """Train the experts of these tasks; the others keep their weights bit for bit (methods with an expert per task).
+    With none here no expert is trained, only what chooses between them."""
+    start_from: str | dict[str, str] | None = None
+    """A finished run or mixture folder whose experts to start from, matched by task name; or by task name PEFT LoRAs
+    (folders, or Hub ids `owner/name` or `owner/name@revision`) that become its expert."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "steps", "batch_size", "accumulation", "log_every", "keep_checkpoints")
@@ -181,12 +185,19 @@ def dump_recipe(recipe: Recipe, folder: Path) -> str:
 def public_recipe(recipe: Recipe, base: BaseIdentity) -> str:
     """The recipe as YAML for readers elsewhere: files and folders by their bare names, the base by its public one."""
     data = _map_paths(to_data(recipe), _bare_name)
-    data["base"] |= {"model": base.name, "revision": base.revision, "known_as": None}
+    data["base"] |= {"model": base.name, "revision": base.revision, "known_as": None, "also_called": []}
     for source in _sources(data):
-        dataset = source.get("dataset")
-        if isinstance(dataset, str) and (os.path.isabs(dataset) or dataset.startswith((".", "~"))):
-            source["dataset"] = _bare_name(dataset)
+        if isinstance(source.get("dataset"), str):
+            source["dataset"] = public_place(source["dataset"])
+    if isinstance(recipe.train.start_from, dict):
+        loras = recipe.train.start_from.items()
+        data["train"]["start_from"] = {name: public_place(source) for name, source in loras}
     return yaml.safe_dump(data, sort_keys=False)
+
+
+def public_place(place: str) -> str:
+    """A Hub id as it is, a path of this machine by its bare name."""
+    return _bare_name(place) if os.path.isabs(place) or place.startswith((".", "~")) else place
 
 
 def resolve_paths(data: Mapping[str, Any], root: Path) -> dict[str, Any]:
@@ -206,6 +217,8 @@ def _map_paths(data: Mapping[str, Any], change: Any) -> dict[str, Any]:
         part = result.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = change(part[key])
+        elif isinstance(part, dict) and isinstance(part.get(key), dict):
+            part[key] = {name: change(path) if isinstance(path, str) else path for name, path in part[key].items()}
     return result
 
 

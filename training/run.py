@@ -1,7 +1,7 @@
 """A whole run: from a recipe to a finished run folder, and back from the folder to the model."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import LoramuxConfig
+from ..adapters import LoramuxConfig, PlainLora, find_method, import_experts
 from ..bases import base_identity, load_base
 from ..support.console import say
 from ..support.errors import ConfigError, LoramuxError, did_you_mean
@@ -22,11 +22,12 @@ from .answers import positions_of
 from .batches import MixtureBatches
 from .distributed import from_main, make_accelerator
 from .loop import Evaluate, Trainer
-from .recipe import Recipe
+from .recipe import MethodChoice, Recipe
 from .run_folder import RunFolder, base_fingerprint
+from .schedule import without_experts
 from .state import adapter_weights
 from .validation import validation
-from .warm_start import find_earlier, start_from
+from .warm_start import find_earlier, find_loras, start_from
 
 T = TypeVar("T")
 _ONE_THREAD = 4_000_000  # parameters
@@ -74,6 +75,8 @@ def train_run(
     base, tokenizer = open_base(recipe)
     fingerprint = base_fingerprint(base)
     tasks = load_tasks(recipe.tasks)
+    if not tasks:
+        raise ConfigError("tasks: there are none to train on; name a task file (tasks: FILE)")
     model = build_model(base, recipe, [task.name for task in tasks])
     batches = build_batches(recipe, tasks, tokenizer, base, accelerator)
     on_main(accelerator, lambda: run.note_environment(fingerprint, recipe, batches))
@@ -82,7 +85,9 @@ def train_run(
     if evaluate == "validation":
         evaluate = validation(tokenizer, batches.tasks, recipe.evaluate)
     _start_trackers(accelerator, recipe)
-    Trainer(model, batches, recipe.train, accelerator, run, evaluate).train()
+    hub: Any = model.base_model
+    stages = without_experts(hub.stages) if recipe.train.only_tasks == () else None
+    Trainer(model, batches, recipe.train, accelerator, run, evaluate, stages).train()
     weights = adapter_weights(model)
     on_main(accelerator, lambda: run.write_mixture(model, weights))
     for tracker in accelerator.trackers:
@@ -120,23 +125,29 @@ def open_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     return base, tokenizer
 
 
-def build_model(base: Any, recipe: Recipe, task_names: Sequence[str]) -> PeftModel:
+def build_model(
+    base: Any, recipe: Recipe, task_names: Sequence[str], *, loras: Mapping[str, PlainLora] | None = None
+) -> PeftModel:
     """Put the recipe's method on a base, with the recipe's seed and, if it says so, earlier weights.
+
+    Args:
+        loras: what `train.start_from` names, if it was read already.
 
     Raises:
         ConfigError: the method or its options are not valid, or `method.target_modules` matches nothing.
-        RunError: `train.start_from` holds nothing that fits.
+        RunError, AdapterError: `train.start_from` holds nothing that fits.
     """
     earlier = find_earlier(recipe, base)
+    loras = find_loras(recipe, base, public_name(recipe)) if loras is None else loras
     set_seed(recipe.train.seed)
     targets = recipe.method.target_modules
     config = LoramuxConfig(
         method=recipe.method.name,
-        options=dict(recipe.method.options),
+        options=_options(recipe.method, loras),
         tasks=list(task_names),
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=_base_name(recipe),
+        base_model_name_or_path=public_name(recipe),
     )
     try:
         model: Any = get_peft_model(base, config)
@@ -144,14 +155,23 @@ def build_model(base: Any, recipe: Recipe, task_names: Sequence[str]) -> PeftMod
         raise
     except ValueError as error:
         raise ConfigError(f"method.target_modules (={targets!r}): {error}") from None
-    config.base_model_name_or_path = _base_name(recipe)  # PEFT puts the path of this machine there
+    config.base_model_name_or_path = public_name(recipe)  # PEFT puts the path of this machine there
     if earlier is not None:
         start_from(model, earlier)
+    if loras:
+        import_experts(model, loras)
     if recipe.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:
         model.compile(dynamic=True)
     return model
+
+
+def _options(method: MethodChoice, loras: Mapping[str, PlainLora]) -> dict[str, Any]:
+    """The options of a method; experts are as wide as the widest LoRA that becomes one, unless a rank is given."""
+    fitting = {"rank": max(lora.rank for lora in loras.values())} if loras else {}
+    known = find_method(method.name).options()
+    return {**{key: value for key, value in fitting.items() if key in known}, **method.options}
 
 
 def build_batches(
@@ -204,7 +224,7 @@ def _mixture(recipe: Recipe, tasks: Sequence[EncodedTask]) -> Mixture:
 
 
 def _only(recipe: Recipe, tasks: Sequence[EncodedTask]) -> tuple[Mixture, list[int]] | None:
-    if recipe.train.only_tasks is None:
+    if not recipe.train.only_tasks:
         return None
     names = [task.name for task in tasks]
     for name in recipe.train.only_tasks:
@@ -214,7 +234,7 @@ def _only(recipe: Recipe, tasks: Sequence[EncodedTask]) -> tuple[Mixture, list[i
     return _mixture(recipe, [tasks[number] for number in numbers]), numbers
 
 
-def _base_name(recipe: Recipe) -> str:
+def public_name(recipe: Recipe) -> str:
     """The base as others can find it; for a folder nobody else has, its path is the best there is."""
     try:
         return base_identity(recipe.base.model, revision=recipe.base.revision, known_as=recipe.base.known_as).name

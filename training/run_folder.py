@@ -31,7 +31,14 @@ from .state import peft_names
 
 _PACKAGES = ("loramux", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
 _FREE_KEYS = (
-    *("base.known_as", "train.distributed", "train.log_every", "train.save_every", "train.keep_checkpoints"),
+    *(
+        "base.known_as",
+        "base.also_called",
+        "train.distributed",
+        "train.log_every",
+        "train.save_every",
+        "train.keep_checkpoints",
+    ),
     *("train.trackers", "baseline", "evaluate.split", "evaluate.limit", "evaluate.batch_size", "export"),
 )
 """Keys that may differ on resume: they do not change what is learnt."""
@@ -84,25 +91,27 @@ class RunFolder:
         data = resolve_paths(load_yaml(self.recipe_file), self.path.absolute())
         return parse(Recipe, data, where=str(self.recipe_file))
 
-    def note_environment(self, fingerprint: str, recipe: Recipe, batches: MixtureBatches) -> None:
+    def note_environment(self, fingerprint: str, recipe: Recipe, batches: MixtureBatches | None) -> None:
         """Write what a run was made with and on; on resume, check the base and the tasks first.
 
         Args:
             fingerprint: of the bare base, see `base_fingerprint`.
+            batches: what it is trained on; None where there is no task yet.
 
         Raises:
             RunError: the run in this folder was begun with another base model or on other tasks.
         """
-        tasks = [task.task for task in batches.tasks]
         self.check_base(fingerprint, recipe.base.model)
-        self.check_tasks(tasks)
+        noted: dict[str, Any] = {"base_fingerprint": fingerprint}
+        if batches is not None:
+            tasks = [task.task for task in batches.tasks]
+            self.check_tasks(tasks)
+            noted |= {"tasks": _fingerprints(tasks), "padding_waste": batches.padding_waste}
+            noted |= {"processes": batches.processes}
         machine = {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(), **_devices()}
         environment = {
-            "base_fingerprint": fingerprint,
-            "tasks": _fingerprints(tasks),
-            "padding_waste": batches.padding_waste,
+            **noted,
             "seed": recipe.train.seed,
-            "processes": batches.processes,
             "git_revision": _git_revision(),
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in _PACKAGES},
@@ -172,12 +181,13 @@ class RunFolder:
 
     # ------------------------------------------------------------------ the result
 
-    def write_mixture(self, model: Any, weights: Mapping[str, Tensor]) -> Path:
-        """Save the trained adapter as a PEFT folder and read it back.
+    def write_mixture(self, model: Any, weights: Mapping[str, Tensor], card: str | None = None) -> Path:
+        """Save the adapter as a PEFT folder and read it back.
 
         Args:
             model: the PEFT model.
             weights: its adapter tensors by the model's own keys, whole and on the CPU.
+            card: its README.md, in the place of PEFT's.
 
         Raises:
             RunError: it cannot be written, or what PEFT wrote is not, name for name and bit for bit, what the model
@@ -186,6 +196,8 @@ class RunFolder:
         with writing(self.mixture), atomic_folder(self.mixture) as staging:
             model.save_pretrained(staging, state_dict=dict(weights), save_embedding_layers=False)
             check_tensors(staging / "adapter_model.safetensors", peft_names(model, weights))
+            if card is not None:
+                write_text(staging / "README.md", card)
             write_manifest(staging)
         return self.mixture
 

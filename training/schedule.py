@@ -1,7 +1,7 @@
 """Which stage of training a step belongs to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,15 +29,30 @@ class StageSpan:
         return self.start < step < self.stop
 
 
+def without_experts(stages: Sequence[StageConfig]) -> tuple[StageConfig, ...]:
+    """The same stages for experts that stay as they are; some may have nothing left to train."""
+    return tuple(
+        replace(
+            stage,
+            train=tuple(group for group in stage.train if group != "experts"),
+            after=tuple(change for change in stage.after if change == "fit_prototypes"),
+        )
+        for stage in stages
+    )
+
+
 def stage_spans(stages: Sequence[StageConfig], steps: int) -> list[StageSpan]:
-    """Divide `steps` among stages by their shares.
+    """Divide `steps` by their shares among the stages that train something.
 
     Raises:
-        ConfigError: when a stage would get no step at all.
+        ConfigError: when one of these would get no step at all.
     """
-    total = sum(stage.share for stage in stages)
+    total = sum(stage.share for stage in stages if stage.train)
     spans, start, share = [], 0, 0.0
     for stage in stages:
+        if not stage.train:
+            spans.append(StageSpan(stage, start, start))
+            continue
         share += stage.share
         stop = round(steps * share / total)
         if stop <= start:

@@ -1,4 +1,5 @@
-"""Starting from the experts of an earlier run: to re-train one task, or to add one, without touching the others."""
+"""Starting from experts that are there: those of an earlier run, to re-train a task or add one without touching the
+others, or plain LoRAs that were trained elsewhere."""
 
 import json
 from dataclasses import dataclass
@@ -6,11 +7,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..adapters import LoramuxModel
-from ..support.errors import RunError
+from ..adapters import LoramuxModel, PlainLora, read_lora
+from ..adapters.lora_folder import CONFIG, WEIGHTS
+from ..bases import resolve_base
+from ..support.errors import ConfigError, RunError
 from .checkpoint import MANIFEST, load_tensors, verify_manifest
 from .recipe import Recipe
 from .run_folder import RunFolder, base_fingerprint
@@ -34,7 +38,7 @@ def find_earlier(recipe: Recipe, base: nn.Module) -> Earlier | None:
     Raises:
         RunError: there is no whole mixture, or it is of another method or, where its run folder tells, on another base.
     """
-    if recipe.train.start_from is None:
+    if not isinstance(recipe.train.start_from, str):
         return None
     mixture = _whole_mixture(Path(recipe.train.start_from), recipe.base.model, base)
     method, tasks = _method_and_tasks(mixture)
@@ -73,6 +77,47 @@ def start_from(model: PeftModel, earlier: Earlier) -> None:
             tensor[rows] = saved[name].to(tensor)
         else:
             tensor.copy_(saved[name])
+
+
+def find_loras(recipe: Recipe, base: nn.Module, public_name: str) -> dict[str, PlainLora]:
+    """The plain LoRAs that `train.start_from` names, by task; none where it names none.
+
+    Args:
+        base: the bare base.
+        public_name: the name under which others find it.
+
+    Raises:
+        ConfigError: a folder or an id cannot be found.
+        AdapterError: what is there cannot be imported, see `read_lora`.
+    """
+    if not isinstance(recipe.train.start_from, dict):
+        return {}
+    called = {recipe.base.model, resolve_base(recipe.base.model), public_name, *recipe.base.also_called}
+    return {
+        task: read_lora(fetch_lora(source), base, base_names=called) for task, source in recipe.train.start_from.items()
+    }
+
+
+def fetch_lora(source: str) -> Path:
+    """The folder of an adapter: one of this machine, or what the Hub has under `owner/name` or `owner/name@revision`.
+
+    Of a repository the config and the safetensors are fetched, and nothing else.
+
+    Raises:
+        ConfigError: there is no such folder, and no such repository that could be reached.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    repository, _, revision = source.partition("@")
+    try:
+        found = [hf_hub_download(repository, file, revision=revision or None) for file in (CONFIG, WEIGHTS)]
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"{source!r}: no such folder, and its {CONFIG} and {WEIGHTS} cannot be had from the Hub: {reason}"
+        ) from None
+    return Path(found[0]).parent
 
 
 def _old_shape(tensor: Tensor, tasks: int, old_tasks: int) -> tuple[int, ...]:
