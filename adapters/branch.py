@@ -6,7 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..routing import Decision, Granularity, Prototypes, Router, RouterConfig, RoutingContext, copy_corners, own_gates
+from ..routing import (
+    Decision,
+    Granularity,
+    Prototypes,
+    Router,
+    RouterConfig,
+    RoutingContext,
+    copy_corners,
+    own_gates,
+    router_name,
+)
 from .banks import BankConfig
 from .cores import CoreConfig, HeadMix, OutputMix
 
@@ -178,7 +188,7 @@ class Branch(nn.Module):
         if self.router is None:
             return context.shared_decision(adapter, self.index)
         decision = self.router(self._projected(x) if self.router.config.projected else x, tasks)
-        context.record(layer, self.router, decision, x, tasks)
+        context.record(router_name(layer, self.index), self.router, decision, x, tasks)
         return decision
 
     def _projected(self, x: Tensor) -> Tensor:

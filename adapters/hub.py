@@ -21,6 +21,7 @@ from ..routing import (
     RoutingStatistics,
     copy_corners,
     own_gates,
+    router_name,
     update_selection_biases,
 )
 from ..routing.context import Observer, resolve_tasks
@@ -264,6 +265,19 @@ class LoramuxModel(BaseTuner):
         shared = cast(nn.ModuleDict, self.loramux_banks[adapter])
         return {int(index): cast(Common, common) for index, common in shared.items()}
 
+    def named_routers(self) -> dict[str, Router]:
+        """The routers of the first active adapter, by the names that routing statistics call them."""
+        adapter = self.active_adapters[0]
+        named: dict[str, Router] = {}
+        for index, branch in self._shared_branches(adapter):
+            once = "prompt" if branch.granularity == Granularity.SEQUENCE else "model"
+            places = self._adapted[adapter] if branch.granularity == Granularity.TOKEN else [once]
+            named |= {router_name(place, index): self._shared_router(adapter, index) for place in places}
+        for layer in self.layers().values():
+            own = {b.index: b.router for b in layer.branches(adapter) if b.router is not None}
+            named |= {router_name(layer.name, index): router for index, router in own.items()}
+        return named
+
     # ------------------------------------------------------------------ training
 
     def set_stage(self, stage: StageConfig) -> None:
@@ -488,7 +502,7 @@ class LoramuxModel(BaseTuner):
                 if tasks is not None or branch.granularity == Granularity.TASK:
                     decision = self._decide_for_tasks(adapter, index, branch, tasks, training=self.training)
                     self.context.decisions[adapter, index] = decision
-                    self._note_shared(branch, decision, tasks, reads_prompt=False)
+                    self._note_shared(index, branch, decision, tasks, reads_prompt=False)
                 if branch.granularity == Granularity.SEQUENCE and (tasks is None or self._learns_labels(branch)):
                     if inputs is None:
                         raise AdapterError("routing by the prompt needs input_ids or inputs_embeds")
@@ -497,7 +511,7 @@ class LoramuxModel(BaseTuner):
                     decision = self._shared_router(adapter, index)(features, tasks)
                     if tasks is None:
                         self.context.decisions[adapter, index] = decision
-                    self._note_shared(branch, decision, tasks, reads_prompt=True)
+                    self._note_shared(index, branch, decision, tasks, reads_prompt=True)
 
     def _decide_for_tasks(
         self, adapter: str, index: int, branch: BranchConfig, tasks: Tensor | None, *, training: bool
@@ -510,7 +524,7 @@ class LoramuxModel(BaseTuner):
         return router(torch.empty(0), tasks) if training else router.settled(tasks)
 
     def _note_shared(
-        self, branch: BranchConfig, decision: Decision, tasks: Tensor | None, *, reads_prompt: bool
+        self, index: int, branch: BranchConfig, decision: Decision, tasks: Tensor | None, *, reads_prompt: bool
     ) -> None:
         """Note a shared decision for losses and statistics."""
         assert branch.router is not None
@@ -520,7 +534,7 @@ class LoramuxModel(BaseTuner):
             if loss is not None:
                 self.context.shared_losses.append(loss)
         if self.context.route_observer is not None and (reads_prompt or branch.granularity == Granularity.TASK):
-            where = "prompt" if reads_prompt else "model"
+            where = router_name("prompt" if reads_prompt else "model", index)
             self.context.route_observer.add(where, decision.weights, None, tasks, branch.router.groups)
 
     def _learns_labels(self, branch: BranchConfig) -> bool:
@@ -570,7 +584,7 @@ class LoramuxModel(BaseTuner):
             for number, layer in enumerate(self._adapted[adapter]):
                 decision = decisions.mapped(itemgetter(number))
                 context.layer_decisions[adapter, index, layer] = decision
-                context.record(layer, router, decision, x, tasks)
+                context.record(router_name(layer, index), router, decision, x, tasks)
 
     def _shared_router(self, adapter: str, index: int) -> Router:
         shared = self.loramux_routers[adapter]

@@ -43,7 +43,7 @@ from .scorers import (
     TokenPrototypes,
     identity_rows,
 )
-from .statistics import LayerUsage, RouteObserver, RoutingStatistics
+from .statistics import LayerUsage, RouteObserver, RoutingStatistics, router_name
 
 __all__ = [
     "Argmax",
@@ -94,5 +94,6 @@ __all__ = [
     "label_loss",
     "own_gates",
     "prompt_mask",
+    "router_name",
     "update_selection_biases",
 ]

@@ -81,7 +81,7 @@ class Router(nn.Module):
 
     def __init__(self, config: RouterConfig, in_features: int, tasks: int, gates: int, layers: int = 1) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.gates = config, gates
         self.is_frozen = False
         self.scorer = config.scorer.build(RouterDims(in_features, tasks, config.num_scores(gates), layers))
         balanced = config.normaliser.bias_step > 0

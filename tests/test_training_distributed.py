@@ -16,6 +16,7 @@ from training_cases import ANSWERS, make_recipe, write_base, write_tasks
 from loramux.training.assess import encode_tasks, read_results
 from loramux.training.evaluate import evaluate_tasks
 from loramux.training.run import load_run, train_run
+from loramux.training.run_folder import RunFolder
 
 # Answers differ in length, a batch of 5 gives the processes 3 and 2 rows, and one of 6 gives micro-batches of 2 and 1.
 MOA = ["method.name=moa", "train.accumulation=2"]
@@ -35,7 +36,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, settings in JOBS.items()
         for kind in KINDS
     ]
-    run_in_two_processes(base, tasks, root / "two", *jobs)
+    looked_at = [*LORA, "train.log_gradients=2"]
+    run_in_two_processes(base, tasks, root / "two", *jobs, f"lora-gradients={';'.join(looked_at)}")
+    train_run(make_recipe(base, tasks, *looked_at), root / "one" / "lora-gradients", evaluate=None)
     for name, settings in JOBS.items():
         train_run(make_recipe(base, tasks, *settings), root / "one" / name, evaluate=EVALUATIONS[name])
     return root
@@ -77,12 +80,22 @@ def test_two_processes_log_the_losses_and_metrics_of_one(root: Path, name: str, 
     ]
     assert len(lines[0]) == len(lines[1]) > 2
     for one, two in zip(*lines, strict=True):
-        stage = one.pop("stage", None)
-        assert stage == two.pop("stage", None)
+        for label in ("stage", "routing/fewest_experts_in"):
+            assert one.pop(label, None) == two.pop(label, None)
         if "eval/held" in one:
             assert one.pop("eval/held") == 1.0
             assert two.pop("eval/held") == pytest.approx(0.5 if kind == "fsdp" else 1.0, abs=0.01)
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+def test_two_processes_find_the_gradient_cosines_of_one(root: Path) -> None:
+    one, two = (RunFolder(root / number / "lora-gradients") for number in ("one", "two"))
+    for expected, found in zip(one.gradients(), two.gradients(), strict=True):
+        assert found["step"] == expected["step"]
+        for row, other in zip(expected["cosine"], found["cosine"], strict=True):
+            assert other == pytest.approx(row, abs=1e-3)
+    weights = weights_of(root / "two" / "lora-ddp")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(two.path).items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

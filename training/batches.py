@@ -45,6 +45,22 @@ class MicroBatch:
         rows = blend.expand(len(self.tasks), -1)
         return replace(self, inputs={**self.inputs, "routing_tasks": rows})
 
+    def of_task(self, task: int) -> "MicroBatch | None":
+        """The rows of one task; None where there are none."""
+        keep = (self.tasks == task).nonzero().flatten()
+        if not len(keep):
+            return None
+        inputs, labels = {name: tensor[keep] for name, tensor in self.inputs.items()}, self.labels[keep]
+        return MicroBatch(
+            inputs,
+            labels,
+            locate_answers(labels),
+            self.tasks[keep],
+            [self.rows[row] for row in keep.tolist()],
+            torch.where(torch.arange(len(self.token_counts)) == task, self.token_counts, 0),
+            self.share * len(keep) / len(self.tasks),
+        )
+
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
         labels, tasks = self.labels.to(device, non_blocking=True), self.tasks.to(device, non_blocking=True)

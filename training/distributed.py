@@ -107,12 +107,12 @@ def rows_like(stacked: Tensor, values: Tensor) -> Tensor:
 
 
 def all_sum(values: Tensor, accelerator: Accelerator) -> Tensor:
-    """Sum a CPU tensor over all processes."""
+    """Sum a tensor over all processes; the sum lies where the tensor lay."""
     if accelerator.num_processes == 1:
         return values
     total = values.to(accelerator.device)
     dist.all_reduce(total)
-    return total.cpu()
+    return total.to(values.device)
 
 
 def all_listed(items: Iterable[Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """The training loop: stages of steps over the global batches of a mixture, on one or many processes."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,9 +17,11 @@ from .answer_logits import Losses, Objective, sum_by_task, task_weights
 from .batches import MicroBatch, MixtureBatches
 from .checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint, read_checkpoint
 from .distributed import all_listed, all_sum, from_main, gradients_kept_local, shard
+from .gradients import task_gradient_cosines
 from .optimizer import build_optimizer, clip_gradients, schedule_factor, set_learning_rates
 from .progress import Progress
 from .recipe import TrainConfig
+from .route_log import RouteLog, warn_of_collapse
 from .run_folder import RunFolder
 from .schedule import StageSpan, draw_preferences, stage_spans
 from .state import adapter_weights, load_adapter_state, load_optimizer_state, optimizer_state, peft_names
@@ -61,6 +64,7 @@ class Trainer:
         self.spans = stage_spans(stages or self.hub.stages, config.steps)
         self.progress = Progress()
         self.last: dict[str, float] = {}
+        self.routes = RouteLog(self.hub, config, accelerator)
         self._resumed_optimizer: dict[str, Tensor] | None = None
 
     def train(self) -> None:
@@ -85,7 +89,7 @@ class Trainer:
 
     def _train_stage(self, span: StageSpan, shown: Meter) -> None:
         self.hub.set_stage(span.stage)
-        objective = Objective(self.model, self.hub)
+        objective = self.objective = Objective(self.model, self.hub)
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.hub.parameter_groups(), self.config))
         if self._resumed_optimizer is not None and span.holds(self.progress.step):
             load_optimizer_state(self.optimizer, self._resumed_optimizer)
@@ -120,6 +124,8 @@ class Trainer:
         if span.stage.preferences is not None:
             blend = draw_preferences(len(counts), span, step, self.config.seed)
             weights, micro_batches = weights * blend * len(blend), [b.blended(blend) for b in micro_batches]
+        if self.config.log_gradients is not None and (step + 1) % self.config.log_gradients == 0:
+            self._log_gradients(micro_batches, counts)
         losses = [self._backward(b, weights, local=b is not micro_batches[-1]) for b in micro_batches]
         self._note_losses(micro_batches, losses, counts)
         self._clip(span, micro_batches)
@@ -134,7 +140,7 @@ class Trainer:
         token_weights = weights[batch.tasks[batch.answers.rows]] * processes
         batch = batch.to(self.accelerator.device)
         with gradients_kept_local(self.wrapped, self.model, local):
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.routes.counting(self.progress.step + 1):
                 losses = self.wrapped(
                     batch.inputs,
                     batch.labels,
@@ -158,6 +164,16 @@ class Trainer:
             self._stop_diverged("loss", bad if bool(totals[-1].isfinite()) else named)
         self.progress.add(totals[:-1], counts)
         self.last["train/auxiliary_loss"] = float(totals[-1])
+
+    def _log_gradients(self, micro_batches: list[MicroBatch], counts: Tensor) -> None:
+        """Log how well the gradients of the tasks agree on the batch of the step that is about to be made."""
+        found = task_gradient_cosines(self.objective, self.hub, micro_batches, counts, self.accelerator)
+        pairs = found[torch.triu(torch.ones_like(found), diagonal=1) > 0]
+        cosines = [[value if math.isfinite(value) else None for value in row] for row in found.tolist()]
+        if self.accelerator.is_main_process:
+            self.folder.log_gradients(self.progress.step + 1, self.batches.names, cosines)
+        if bool(pairs.isfinite().any()):
+            self._log({"gradients/cosine": float(pairs.nanmean())}, step=self.progress.step + 1)
 
     def _clip(self, span: StageSpan, micro_batches: list[MicroBatch]) -> None:
         self.accelerator.unscale_gradients(self.optimizer)
@@ -201,7 +217,10 @@ class Trainer:
         self.last |= self.progress.take_losses(self.batches.names)
         self.last["train/learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
         self.last["train/answer_tokens"] = self.progress.answer_tokens
-        self._log(self.last, stage=span.stage.name)
+        routing, labels = self.routes.take(self.progress)
+        self._log(self.last | routing, {"stage": span.stage.name, **labels})
+        if warning := warn_of_collapse(self.hub, self.progress, self.config):
+            say(warning)
 
     def _evaluate(self, *, counts: bool) -> bool:
         """Measure the model; True when its score is the best so far.
@@ -217,14 +236,18 @@ class Trainer:
         score = result.get(SCORE)
         return counts and score is not None and self.progress.consider(float(score), self.config.early_stop)
 
-    def _log(self, values: Mapping[str, float], **labels: str) -> None:
+    def _log(
+        self, values: Mapping[str, float], labels: Mapping[str, str] | None = None, *, step: int | None = None
+    ) -> None:
+        step = self.progress.step if step is None else step
         if self.accelerator.is_main_process:
-            self.folder.log(self.progress.step, values, **labels)
-        self.accelerator.log(dict(values), step=self.progress.step)
+            self.folder.log(step, values, **labels or {})
+        self.accelerator.log(dict(values), step=step)
 
     # ------------------------------------------------------------------ saving and resuming
 
     def _save(self) -> None:
+        self.routes.fold(self.progress)
         adapter = peft_names(self.model, adapter_weights(self.model))
         scaler = {"scaler": self.accelerator.scaler.state_dict()} if self.accelerator.scaler else {}
         checkpoint = Checkpoint(adapter, optimizer_state(self.optimizer), asdict(self.progress) | scaler)
@@ -248,13 +271,14 @@ class Trainer:
         if checkpoint is not None:
             load_adapter_state(self.model, checkpoint.adapter, str(self.checkpoints.at(checkpoint.state["step"])))
             self._resumed_optimizer = checkpoint.optimizer
-            self.progress = Progress(**{name: checkpoint.state[name] for name in asdict(self.progress)})
+            known = {name: checkpoint.state[name] for name in asdict(self.progress) if name in checkpoint.state}
+            self.progress = Progress(**known)
             if self.accelerator.scaler and "scaler" in checkpoint.state:
                 self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.checkpoints.drop_after(self.progress.step)
-            self.folder.cut_metrics(self.progress.step)
+            self.folder.cut_logs(self.progress.step)
 
     def _place(self) -> None:
         self.is_sharded = self.config.distributed == "fsdp" and self.accelerator.num_processes > 1

@@ -16,6 +16,10 @@ class Progress:
         stopped: whether too many evaluations in a row brought no gain.
         answer_tokens: trained tokens so far.
         loss_sums, token_counts: per task, since the last log line.
+        logged_step: of the last log line.
+        routing: per router the tokens, their entropies and the weights of each gate, summed since the last log line.
+        collapsed_for: per router the steps that one expert has carried nearly everything.
+        warned_of_collapse: whether the user was told.
     """
 
     step: int = 0
@@ -26,6 +30,10 @@ class Progress:
     answer_tokens: int = 0
     loss_sums: list[float] = field(default_factory=list)
     token_counts: list[float] = field(default_factory=list)
+    logged_step: int = 0
+    routing: dict[str, list[float]] = field(default_factory=dict)
+    collapsed_for: dict[str, int] = field(default_factory=dict)
+    warned_of_collapse: bool = False
 
     def add(self, sums: Tensor, counts: Tensor) -> None:
         """Count one step's losses (K,) and answer tokens (K,), by task."""

@@ -70,6 +70,8 @@ class TrainConfig:
     early_stop: int | None = None
     """Stop after this many evaluations in a row without a better mean metric."""
     log_every: int = 10
+    log_gradients: int | None = None
+    """Steps between looks at how well the tasks' gradients agree; each costs about as much as a step. None: never."""
     trackers: tuple[str, ...] = ()
     """Accelerate's names: tensorboard, wandb, mlflow, ..."""
     seed: int = 0
@@ -84,12 +86,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least_one(self, "steps", "batch_size", "accumulation", "log_every", "keep_checkpoints")
-        _at_least_one(self, "eval_every", "save_every", "early_stop", "max_length")
+        _at_least_one(self, "eval_every", "save_every", "early_stop", "max_length", "log_gradients")
         _above_zero(self, "learning_rate", "router_learning_rate", "task_logit_learning_rate", "clip")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio (={self.warmup_ratio}) must be in [0, 1)")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay (={self.weight_decay}) must be 0 or more")
+        if self.log_gradients is not None and self.distributed == "fsdp":
+            raise ValueError("log_gradients needs whole weights on every process: set distributed: ddp")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed (={self.seed}) must be in [0, 2**32)")
 

@@ -3,6 +3,7 @@
 recipe.yaml        the recipe as resolved
 environment.json   versions, seed, revision, machine; the fingerprints of the base and of every task
 metrics.jsonl      one line per log entry
+gradients.jsonl    how well the tasks' gradients agree, where train.log_gradients asks for it
 checkpoints/       for exact resume
 mixture/           the result: a PEFT folder with a manifest; it exists once the run is finished
 """
@@ -31,14 +32,8 @@ from .state import peft_names
 
 _PACKAGES = ("loramux", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
 _FREE_KEYS = (
-    *(
-        "base.known_as",
-        "base.also_called",
-        "train.distributed",
-        "train.log_every",
-        "train.save_every",
-        "train.keep_checkpoints",
-    ),
+    *("base.known_as", "base.also_called", "train.distributed", "train.log_every", "train.log_gradients"),
+    *("train.save_every", "train.keep_checkpoints"),
     *("train.trackers", "baseline", "evaluate.split", "evaluate.limit", "evaluate.batch_size", "export"),
 )
 """Keys that may differ on resume: they do not change what is learnt."""
@@ -50,8 +45,8 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe_file, self.environment_file = self.path / "recipe.yaml", self.path / "environment.json"
-        self.metrics_file, self.checkpoints = self.path / "metrics.jsonl", self.path / "checkpoints"
-        self.mixture = self.path / "mixture"
+        self.metrics_file, self.gradients_file = self.path / "metrics.jsonl", self.path / "gradients.jsonl"
+        self.checkpoints, self.mixture = self.path / "checkpoints", self.path / "mixture"
 
     @property
     def is_finished(self) -> bool:
@@ -146,13 +141,15 @@ class RunFolder:
                 "validation examples and the settings it was begun with, or name another folder"
             )
 
-    # ------------------------------------------------------------------ metrics
+    # ------------------------------------------------------------------ logs
 
     def log(self, step: int, values: Mapping[str, float], **labels: str) -> None:
         """Append one line to the metrics; RunError when that cannot be written."""
-        line = json.dumps({"step": step, **labels, **values})
-        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        _append(self.metrics_file, {"step": step, **labels, **values})
+
+    def log_gradients(self, step: int, tasks: Sequence[str], cosines: Sequence[Sequence[float | None]]) -> None:
+        """Append the cosines between the tasks' gradients, task x task; RunError when that cannot be written."""
+        _append(self.gradients_file, {"step": step, "tasks": list(tasks), "cosine": cosines})
 
     def metrics(self) -> list[dict[str, Any]]:
         """All metric lines; a last line torn by a kill is left out.
@@ -160,24 +157,18 @@ class RunFolder:
         Raises:
             RunError: a line other than the last is not readable.
         """
-        return [entry for _, entry in self._metric_lines()]
+        return [entry for _, entry in _lines(self.metrics_file)]
 
-    def cut_metrics(self, step: int) -> None:
+    def gradients(self) -> list[dict[str, Any]]:
+        """All lines about gradients; raises as `metrics` does."""
+        return [entry for _, entry in _lines(self.gradients_file)]
+
+    def cut_logs(self, step: int) -> None:
         """Drop what was logged after `step`, and a torn last line, so that a resumed run logs every step once."""
-        if self.metrics_file.is_file():
-            kept = [line for line, entry in self._metric_lines() if entry["step"] <= step]
-            write_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
-
-    def _metric_lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not self.metrics_file.is_file():
-            return
-        lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield line, json.loads(line)
-            except ValueError:
-                if number < len(lines):
-                    raise RunError(f"{self.metrics_file}, line {number}: not readable as JSON") from None
+        for file in (self.metrics_file, self.gradients_file):
+            if file.is_file():
+                kept = [line for line, entry in _lines(file) if entry["step"] <= step]
+                write_text(file, "".join(f"{line}\n" for line in kept))
 
     # ------------------------------------------------------------------ the result
 
@@ -225,6 +216,24 @@ class RunFolder:
             raise RunError(
                 f"{self.path}: made by another recipe ({shown}); use that recipe to resume, or another folder"
             )
+
+
+def _append(file: Path, entry: Mapping[str, Any]) -> None:
+    with writing(file), file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(entry) + "\n")
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a log as text and as data."""
+    if not file.is_file():
+        return
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            if number < len(lines):
+                raise RunError(f"{file}, line {number}: not readable as JSON") from None
 
 
 def base_fingerprint(model: nn.Module) -> str:
