@@ -17,6 +17,7 @@ from .fidelity import Fidelity, measure_fidelity
 from .generated import Hyper, Template
 from .hub import LoramuxModel
 from .import_experts import import_experts
+from .joining import NewTask, Trained, even_blend
 from .layer import LoramuxLinear
 from .lora_folder import PlainLora, read_lora
 from .low_rank import RANK_CLASSES, LowRank
@@ -59,6 +60,7 @@ __all__ = [
     "LowRank",
     "Method",
     "MethodConfig",
+    "NewTask",
     "OutputMix",
     "PlainLora",
     "StageConfig",
@@ -66,9 +68,11 @@ __all__ = [
     "Template",
     "TensorProduct",
     "TensorTrain",
+    "Trained",
     "adapted_linears",
     "adapter_parameters",
     "count_parameters",
+    "even_blend",
     "exact_factors",
     "export_task",
     "find_method",

@@ -14,9 +14,12 @@ from transformers.utils import logging as transformers_logging
 from ..adapters import ExportConfig, Method, find_method, method_config, numbered_tasks
 from ..adapters import methods as all_methods
 from ..bases import BUNDLED, write_base
+from ..support.config import parse
 from ..support.console import say, show_table
 from ..support.errors import ConfigError, ExportRefused
 from ..tasks import Task, load_tasks
+from ..training.adapt import adapt_run
+from ..training.adapt_ways import EVERY_WAY, AdaptConfig
 from ..training.assess import draw_report, encode_tasks, read_results
 from ..training.compare import compare_methods
 from ..training.comparison import Comparison, draw_comparison, show_comparison
@@ -74,6 +77,19 @@ def compare(arguments: argparse.Namespace) -> None:
         learning_rates=arguments.learning_rates,
         options=_method_options(arguments.method_option),
     )
+
+
+def adapt(arguments: argparse.Namespace) -> None:
+    options = dict(_option("--method-option", text, "languages=de") for text in arguments.method_option)
+    settings = {
+        "ways": tuple(arguments.ways) if arguments.ways else None,
+        "shots": arguments.shots,
+        "steps": arguments.steps,
+        "learning_rates": dict(_rate(text) for text in arguments.learning_rate),
+        "method_options": options,
+        "seed": arguments.seed,
+    }
+    adapt_run(arguments.run, arguments.task, arguments.to, parse(AdaptConfig, settings, where="settings"))
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -178,11 +194,30 @@ def _method_options(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         method, dot, key = name.partition(".")
         if not (equals and dot and method and key):
             raise ConfigError(f"--method-option {text!r}: write it as METHOD.KEY=VALUE, for example smora.rank=32")
-        try:
-            options.setdefault(method, {})[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--method-option {text!r}: {error}") from None
+        options.setdefault(method, {})[key] = _yaml("--method-option", text, value)
     return options
+
+
+def _option(flag: str, text: str, example: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (equals and key):
+        raise ConfigError(f"{flag} {text!r}: write it as KEY=VALUE, for example {example}")
+    return key, _yaml(flag, text, value)
+
+
+def _yaml(flag: str, text: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} {text!r}: {error}") from None
+
+
+def _rate(text: str) -> tuple[str, float]:
+    way, equals, number = text.rpartition("=")
+    try:
+        return (way if equals else EVERY_WAY), float(number)
+    except ValueError:
+        raise ConfigError(f"--learning-rate {text!r}: write it as R or WAY=R, for example row=0.1") from None
 
 
 def _method_row(method: Method, shapes: BaseShapes, tasks: int, rank: int | None) -> list[str]:

@@ -55,8 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"loramux {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    adders = (_add_train, _add_evaluate, _add_compare, _add_export, _add_import, _add_methods, _add_tasks, _add_base)
-    for add in adders:
+    for add in (
+        *(_add_train, _add_evaluate, _add_compare, _add_adapt, _add_export, _add_import),
+        *(_add_methods, _add_tasks, _add_base),
+    ):
         add(commands)
     return parser
 
@@ -135,6 +137,43 @@ def _add_compare(commands: Commands) -> None:
         help="an option of one method (may be repeated; the recipe's own method has the recipe's options)",
     )
     parser.add_argument("--report-only", action="store_true", help="only draw the table and pictures anew")
+
+
+def _add_adapt(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "adapt",
+        "take a new task into a finished run",
+        "Let a new task join a trained hub from a few examples, in every way the hub can take it in, and compare them\n"
+        "with the base and a plain LoRA trained from scratch. The run itself stays as it is; ways that must not move\n"
+        "its tasks prove that they do not. Each way leaves a run folder, and the task as a plain LoRA.",
+        """
+  loramux adapt runs/moa --task new.yaml --shots 16 --to adapted/new
+  loramux adapt runs/mhr --task data/intent --shots 16 --ways row,mean_expert --to adapted/intent
+  loramux adapt runs/mhr --task new.yaml --ways row --learning-rate row=0.05 --steps 500 --to adapted/slower
+  loramux adapt runs/madx --task new.yaml --method-option languages=de --to adapted/german""",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder; nothing in it changes")
+    parser.add_argument("--task", metavar="FILE", required=True, help="the new task: a task file, or a folder of data")
+    parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="a new folder")
+    parser.add_argument("--shots", type=_positive, metavar="N", help="training examples it learns from (default: all)")
+    parser.add_argument("--ways", type=_listed(str), metavar="A,B,...", help="default: all that the hub can do")
+    parser.add_argument("--steps", type=_positive, default=200, metavar="N", help="of every way (default: 200)")
+    parser.add_argument(
+        "--learning-rate",
+        action="append",
+        default=[],
+        metavar="[WAY=]R",
+        help="of one way, or of all (may be repeated; default: a multiple of the run's that suits the way)",
+    )
+    parser.add_argument(
+        "--method-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what an option of the method that is given task by task is for the new one (may be repeated)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="draws the examples, too (default: 0)")
 
 
 def _add_export(commands: Commands) -> None:

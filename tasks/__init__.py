@@ -10,7 +10,7 @@ from .collate import collate
 from .config import SPLITS, Limits, SourceConfig, SplitNames, TaskConfig
 from .encoding import Encoded, EncodedTask, as_written, encode, encode_many, encode_task
 from .example import Example, Turn
-from .loading import load_tasks, read_task_configs
+from .loading import TaskSource, load_tasks, read_task_configs
 from .metrics import METRICS, compute
 from .mixture import Mixture, MixtureConfig
 from .task import Task
@@ -28,6 +28,7 @@ __all__ = [
     "SplitNames",
     "Task",
     "TaskConfig",
+    "TaskSource",
     "Turn",
     "as_written",
     "collate",

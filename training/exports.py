@@ -63,8 +63,8 @@ def export_run(
                     task.name,
                     folder / task.name,
                     base=base,
-                    calibration=_batches(run, task, "train", settings.examples),
-                    held_out=_batches(run, task, "validation", _HELD_OUT),
+                    calibration=labelled_batches(run, task, "train", settings.examples),
+                    held_out=labelled_batches(run, task, "validation", _HELD_OUT),
                     settings=settings,
                     score=_scorer(run, task),
                     allow_lossy=allow_lossy,
@@ -126,8 +126,10 @@ def _chosen(tasks: Sequence[EncodedTask], only: Sequence[str] | None) -> list[En
     return [by_name[name] for name in only] if only is not None else list(tasks)
 
 
-def _batches(run: TrainedRun, task: EncodedTask, split: str, limit: int) -> list[dict[str, Tensor]]:
-    """Examples of a task with their answers labelled, whatever the recipe trains on."""
+def labelled_batches(
+    run: TrainedRun, task: EncodedTask, split: str, limit: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Examples of a task (`input_ids`, `attention_mask`, `labels`): answers are labelled, whatever is trained."""
     rows = [(0, question.encoded) for question in questions(task, split, limit)]
     parts = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
     batches = [collate(part, run.tokenizer.pad_token_id or 0) for part in parts]

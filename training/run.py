@@ -95,11 +95,12 @@ def train_run(
     return load_run(run.path, tasks=tasks)
 
 
-def load_run(folder: str | Path, *, tasks: list[Task] | None = None) -> TrainedRun:
+def load_run(folder: str | Path, *, tasks: list[Task] | None = None, trainable: bool = False) -> TrainedRun:
     """Open a finished run, in this process or any other.
 
     Args:
         tasks: the run's tasks, if they are loaded already.
+        trainable: whether its adapter will be trained on.
 
     Raises:
         RunError: this is no finished run, a file of its mixture is damaged, or the base is not the one it belongs to.
@@ -109,7 +110,9 @@ def load_run(folder: str | Path, *, tasks: list[Task] | None = None) -> TrainedR
     recipe = run.read_recipe()
     base, tokenizer = open_base(recipe)
     run.check_base(base_fingerprint(base), recipe.base.model)
-    model = PeftModel.from_pretrained(base, str(mixture)).eval()
+    model = PeftModel.from_pretrained(base, str(mixture), is_trainable=trainable).eval()
+    if trainable:
+        _save_memory(base, recipe)
     return TrainedRun(model, tokenizer, load_tasks(recipe.tasks) if tasks is None else tasks, recipe, run)
 
 
@@ -160,8 +163,7 @@ def build_model(
         start_from(model, earlier)
     if loras:
         import_experts(model, loras)
-    if recipe.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _save_memory(base, recipe)
     if recipe.train.compile:
         model.compile(dynamic=True)
     return model
@@ -232,6 +234,11 @@ def _only(recipe: Recipe, tasks: Sequence[EncodedTask]) -> tuple[Mixture, list[i
             raise ConfigError(f"train.only_tasks: no task {name!r}; {did_you_mean(name, names)}")
     numbers = [number for number, name in enumerate(names) if name in recipe.train.only_tasks]
     return _mixture(recipe, [tasks[number] for number in numbers]), numbers
+
+
+def _save_memory(base: Any, recipe: Recipe) -> None:
+    if recipe.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def public_name(recipe: Recipe) -> str:

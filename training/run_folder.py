@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapters.peft_config import PREFIX
 from ..support.config import load_yaml, parse, to_data
 from ..support.errors import RunError
 from ..support.files import atomic_folder, remove_partials, write_json, write_text
@@ -237,9 +238,14 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """A hash that tells base models apart: names, shapes and the first and last values of all frozen parameters."""
+    """A hash that tells base models apart: names, shapes and the first and last values of all frozen parameters.
+
+    Args:
+        model: bare, or inside adapters of ours, which do not count.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    named = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if PREFIX not in name}
+    for name, parameter in sorted(named.items()):
         flat = parameter.detach().reshape(-1)
         ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous().view(torch.uint8)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
