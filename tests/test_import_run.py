@@ -213,6 +213,11 @@ def test_the_recipe_it_leaves_trains_what_chooses_and_no_expert(method, places, 
         for task, lora in loras.items():
             expected = stock_logits(places, lora)
             torch.testing.assert_close(logits(run.model, routing_tasks=task), expected, atol=1e-5, rtol=0)
+    shutil.rmtree(tmp_path / "run" / "mixture")  # as if killed before the end
+    for last in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[1:]:
+        shutil.rmtree(last)
+    train_run(run.recipe, tmp_path / "run", resume=True)
+    assert all(torch.equal(value, learnt[name]) for name, value in routers_of(tmp_path / "run" / "mixture").items())
 
 
 def test_imported_experts_can_be_trained_themselves(places, loras, tmp_path) -> None:
