@@ -128,14 +128,14 @@ def declared_base(folder: Path) -> str | None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a device has no end
+        raise AdapterError(f"{path.parent}: no PEFT adapter (no {CONFIG} in it)")
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise AdapterError(f"{path}: {path.stat().st_size} bytes; no adapter's config is larger than 1 MiB")
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise AdapterError(f"{path}: {path.stat().st_size} bytes; no adapter's config is larger than 1 MiB")
         data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise AdapterError(f"{path.parent}: no PEFT adapter (no readable {CONFIG} in it)") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not JSON ({type(error).__name__}: {_short(str(error))})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not readable as JSON ({type(error).__name__}: {_short(str(error))})") from None
     if not isinstance(data, dict):
         raise AdapterError(f"{path}: not a JSON object")
     named = data.get("base_model_name_or_path")

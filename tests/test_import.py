@@ -266,10 +266,10 @@ def test_a_config_that_lies_is_refused(change, reason, tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "not JSON"),
+        ("{", "not readable as JSON"),
         ("[1]", "not a JSON object"),
-        ("[" * 100_000, "not JSON"),
-        ('{"r": 1' + "0" * 5000 + "}", "not JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"r": 1' + "0" * 5000 + "}", "not readable as JSON"),
         (" " * (1 << 20) + "{}", "no adapter's config is larger than 1 MiB"),
     ],
 )
@@ -278,7 +278,9 @@ def test_a_config_that_is_none_is_refused(text, reason, tmp_path):
     (tmp_path / CONFIG).write_text(text)
     refused(tmp_path, reason)
     (tmp_path / CONFIG).unlink()
-    refused(tmp_path, r"no PEFT adapter \(no readable adapter_config.json in it\)")
+    refused(tmp_path, r"no PEFT adapter \(no adapter_config.json in it\)")
+    (tmp_path / CONFIG).symlink_to("/dev/zero")
+    refused(tmp_path, r"no PEFT adapter \(no adapter_config.json in it\)")
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -303,7 +303,7 @@ def test_experts_to_start_from_that_do_not_fit_the_recipe_are_refused(places, lo
         ({"home": "home"}, {}, r"task 'colour' has no expert; name its LoRA too \(colour=FOLDER\), or leave"),
         ({"home": "home"}, {"tasks": False, "method": "hydralora"}, "no single plain LoRA per task to import one into"),
         ({"home": "home"}, {"tasks": False, "method": "mao"}, "unknown method 'mao'; did you mean 'moa'"),
-        ({"home": "empty"}, {"tasks": False}, r"empty: no PEFT adapter \(no readable adapter_config.json in it\)"),
+        ({"home": "empty"}, {"tasks": False}, r"empty: no PEFT adapter \(no adapter_config.json in it\)"),
         ({"home": "nobody's"}, {"tasks": False}, r"do not name one base \(.*nobody's names none\); say which"),
         ({"home": "home", "sound": "other's"}, {"tasks": False}, "other's names someone/other.*say which"),
     ],
