@@ -27,9 +27,9 @@ from ..routing import (
 from ..routing.context import Observer, resolve_tasks
 from ..support.errors import AdapterError
 from .banks import Bank, Common
-from .branch import BranchConfig
+from .branch import Branch, BranchConfig
 from .first_pass import reading_first
-from .held import Held, experts_of_others
+from .held import Held, all_but_own_experts, belong_to_tasks
 from .joining import NewTask, saved_tensors
 from .layer import LoramuxLinear
 from .low_rank import LowRank
@@ -241,6 +241,12 @@ class LoramuxModel(BaseTuner):
     def stages(self) -> tuple[StageConfig, ...]:
         return self.method().stages
 
+    @property
+    def experts_belong_to_tasks(self) -> bool:
+        """Whether every expert that is routed to is that of one task, in the order of the tasks."""
+        alone = all(stage.route == "task" for stage in self.stages)
+        return belong_to_tasks(self._branches(), len(self.tasks), alone=alone)
+
     def layers(self) -> dict[str, LoramuxLinear]:
         """The adapted layers by module name."""
         return {module.name: module for module in self.model.modules() if isinstance(module, LoramuxLinear)}
@@ -355,7 +361,7 @@ class LoramuxModel(BaseTuner):
         """
         self.context.own_experts = False
         adapter = self.active_adapters[0]
-        branches = [branch for layer in self.layers().values() for branch in layer.branches(adapter)]
+        branches = self._branches()
         experts: list[Bank | Common] = [*(branch.bank for branch in branches), *self.common_banks(adapter).values()]
         if "average_experts" in stage.after:
             for part in experts:
@@ -371,13 +377,18 @@ class LoramuxModel(BaseTuner):
             self._held.restore()
 
     def train_only(self, tasks: Sequence[str] | None) -> None:
-        """Hold the experts of all other tasks still, bit for bit, from now on; None lets all train again.
+        """Let no experts move but these tasks' own, bit for bit, from now on; None lets all train again.
+
+        Routers that learn to choose between experts train on.
 
         Raises:
             AdapterError: when the method has no experts that belong to tasks, or a name is unknown.
         """
-        branches = [b for layer in self.layers().values() for b in layer.branches(self.active_adapters[0])]
-        self._held = None if tasks is None else Held(experts_of_others(branches, self.tasks, tasks))
+        if tasks is None:
+            self._held = None
+        else:
+            alone = any(stage.route == "task" for stage in self.stages)
+            self._held = Held(all_but_own_experts(self._branches(), self.tasks, tasks, alone=alone))
 
     def hold(self, held: Held | None) -> None:
         """Keep these parts as they are, bit for bit, from now on; None lets everything train again."""
@@ -650,6 +661,10 @@ class LoramuxModel(BaseTuner):
                 f"method {config.method!r} weights experts token by token from one pass of the base; an "
                 "encoder-decoder has tokens of two kinds. Use a decoder or an encoder"
             )
+
+    def _branches(self) -> list[Branch]:
+        """Those of the first active adapter, at all layers."""
+        return [branch for layer in self.layers().values() for branch in layer.branches(self.active_adapters[0])]
 
     def _check_name(self, adapter: str) -> None:
         """PEFT loses tensors silently when an adapter is called like a part of the model."""

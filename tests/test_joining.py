@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, TASKS, a_batch, logits, tiny_llama, trained
+from cases import CASES, TASKS, a_batch, adapted, logits, tiny_llama, trained
 
 from loramux.adapters.joining import even_blend
 from loramux.support.errors import AdapterError, ConfigError
@@ -164,3 +164,65 @@ def test_a_task_that_cannot_join_leaves_the_hub_as_it_was():
         hub.add_task("who")
     assert hub.tasks == TASKS
     assert torch.equal(logits(model, routing_tasks="who"), before)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["clp", "distil_gate", "madx", "moa", "mtlora", "palora", "router_retriever", "skillnet", "taps"],
+)
+def test_one_task_trains_again_and_what_the_others_depend_on_is_held(method):
+    """Its own experts move; what tasks share, a LoRA beside them or a language, does not."""
+    model = trained(method)
+    hub = model.base_model
+    before = {task: logits(model, routing_tasks=task) for task in TASKS}
+    hub.train_only(["when"])
+    hub.set_stage(hub.stages[-1])
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        loss = model(**a_batch(), routing_tasks=["when", "who", "when", "where"]).loss
+        loss.backward()
+        optimizer.step()
+        hub.finish_step()
+    model.eval()
+    for task in TASKS:
+        assert torch.equal(logits(model, routing_tasks=task), before[task]) == (task != "when")
+    hub.train_only(None)
+
+
+@pytest.mark.parametrize("method", ["alter", "arrow", "scalearn", "xlora"])
+def test_experts_that_train_alone_are_held_though_all_tasks_may_use_them_later(method):
+    hub = trained(method).base_model
+    hub.train_only(["who"])
+    bank = next(iter(hub.layers().values())).branches("default")[0].bank
+    kept = bank.up.detach().clone()
+    with torch.no_grad():
+        bank.up.add_(1.0)
+    hub.finish_step()
+    assert torch.equal(bank.up[1:], kept[1:])
+    assert torch.equal(bank.up[0], kept[0] + 1.0)
+    hub.train_only([])
+    with torch.no_grad():
+        bank.up.zero_()
+        for router in hub.routers():
+            for parameter in router.parameters():
+                parameter.zero_()
+    hub.finish_step()
+    assert torch.equal(bank.up[1:], kept[1:])
+    assert all((parameter == 0).all() for router in hub.routers() for parameter in router.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", None),
+        ("moelora", {"experts": 3}),  # as many experts as tasks, by chance
+        ("molora", {"experts": 3}),
+        ("mtl_lora", {"experts": 3}),
+        ("hyperx", None),
+    ],
+)
+def test_experts_that_tasks_share_cannot_be_held_for_some(method, options):
+    hub = adapted(method, options).base_model
+    with pytest.raises(AdapterError, match="only a method with one expert per task"):
+        hub.train_only(["who"])

@@ -160,6 +160,19 @@ def test_one_task_can_be_trained_again_without_touching_the_others(places, tmp_p
             assert torch.equal(before[name][expert], after[name][expert]) == (expert != home), (name, expert)
 
 
+def test_what_tasks_share_is_held_while_one_of_them_trains_again(places, tmp_path: Path) -> None:
+    method = ["method.name=mtlora", "method.options={rank: 2, task_rank: 2}", "train.weight_decay=0.1"]
+    run_of(make_recipe(*places, *method), tmp_path / "first")
+    again = [*method, "train.only_tasks=[home]", f"train.start_from={tmp_path / 'first'}"]
+    run_of(make_recipe(*places, *again), tmp_path / "second")
+    before, after = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    home = [task.name for task in load_tasks(str(places[1]))].index("home")
+    for name, tensor in before.items():
+        moved = {row for row in range(len(tensor)) if not torch.equal(tensor[row], after[name][row])}
+        assert moved == (set() if ".0.bank." in name else {home}), name
+    assert {line["train/answer_tokens"] for line in metrics(tmp_path / "second") if "train/loss/sound" in line} == set()
+
+
 def test_a_task_can_be_added_later(places, tmp_path: Path) -> None:
     def recipe(*names: str, **train) -> Recipe:
         rows = [f"{{name: {name}, source: {{path: '{places[1].parent / name}'}}}}" for name in names]
@@ -180,6 +193,27 @@ def test_a_task_can_be_added_later(places, tmp_path: Path) -> None:
         run_of(wider, tmp_path / "wider")
     with pytest.raises(RunError, match="holds no loramux mixture"):
         run_of(recipe("sound", "colour", start_from=tmp_path), tmp_path / "nothing")
+
+
+def test_experts_that_tasks_share_start_from_the_same_tasks_only(places, tmp_path: Path) -> None:
+    """Their rows would be taken for tasks' where there happen to be as many of them."""
+
+    def recipe(method: str, options: str, *names: str, **train) -> Recipe:
+        rows = [f"{{name: {name}, source: {{path: '{places[1].parent / name}'}}}}" for name in names]
+        settings = [f"tasks=[{', '.join(rows)}]", f"method.name={method}", f"method.options={options}", "train.steps=2"]
+        return make_recipe(*places, *settings, *(f"train.{k}={v}" for k, v in train.items()))
+
+    shared, first = ("mtl_lora", "{rank: 2, experts: 2}"), tmp_path / "first"
+    run_of(recipe(*shared, "sound", "colour"), first)
+    run_of(recipe(*shared, "sound", "colour", start_from=first), tmp_path / "again")
+    for names in (("colour", "sound"), ("sound", "colour", "home")):
+        with pytest.raises(RunError, match=r"same tasks in the same order can start from it: sound, colour"):
+            run_of(recipe(*shared, *names, start_from=first), tmp_path / "-".join(names))
+    by_token, routed = ("molora", "{rank: 2, experts: 2, top_k: 1}"), tmp_path / "routed"
+    run_of(recipe(*by_token, "sound", "colour"), routed)
+    more = recipe(*by_token, "home", "sound", "colour", start_from=routed, learning_rate="1e-9")
+    run_of(more, tmp_path / "more")
+    assert_same(weights_of(routed), weights_of(tmp_path / "more"), atol=1e-6)
 
 
 def test_earlier_experts_must_be_whole_and_of_the_same_method_and_base(places, tmp_path: Path) -> None:

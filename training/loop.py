@@ -90,7 +90,9 @@ class Trainer:
     def _train_stage(self, span: StageSpan, shown: Meter) -> None:
         self.hub.set_stage(span.stage)
         objective = self.objective = Objective(self.model, self.hub)
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.hub.parameter_groups(), self.config))
+        groups = self.hub.parameter_groups()
+        self.experts_only = not (groups["router"] or groups["task_logits"])
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(groups, self.config))
         if self._resumed_optimizer is not None and span.holds(self.progress.step):
             load_optimizer_state(self.optimizer, self._resumed_optimizer)
         self._resumed_optimizer = None
@@ -118,7 +120,7 @@ class Trainer:
         # Every draw depends on seed, step and process alone, so a resumed run draws what an undisturbed one would.
         set_seed(_step_seed(self.config.seed, step, self.accelerator.process_index))
         set_learning_rates(self.optimizer, schedule_factor(step - span.start, span.length, self.config))
-        micro_batches = self.batches.at(step, experts_only="router" not in span.stage.train)
+        micro_batches = self.batches.at(step, experts_only=self.experts_only)
         counts = all_sum(torch.stack([b.token_counts for b in micro_batches]).sum(0), self.accelerator)
         weights = task_weights(counts, span.stage.reduction)
         if span.stage.preferences is not None:

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..adapters import LoramuxModel, PlainLora, read_lora
+from ..adapters import LoramuxModel, PlainLora, method_config, read_lora
 from ..adapters.lora_folder import CONFIG, WEIGHTS
 from ..bases import resolve_base
 from ..support.errors import ConfigError, RunError
@@ -56,7 +56,7 @@ def start_from(model: PeftModel, earlier: Earlier) -> None:
 
     Where both have the same tasks, every tensor is copied. Where the model has more tasks or another order, tensors
     that hold one row per task (experts, the router's classes) are copied row by row, by task name, and new tasks keep
-    their fresh start.
+    their fresh start; that takes experts which belong to tasks.
 
     Raises:
         RunError: the mixture does not fit the model.
@@ -64,11 +64,17 @@ def start_from(model: PeftModel, earlier: Earlier) -> None:
     mixture, tasks = earlier.mixture, earlier.tasks
     saved = load_tensors(mixture / "adapter_model.safetensors")
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
-    own = list(cast(LoramuxModel, model.base_model).tasks)
+    hub = cast(LoramuxModel, model.base_model)
+    own = hub.tasks
     lost = [task for task in tasks if task not in own]
     if lost:
         raise RunError(f"{mixture}: has a task {lost[0]!r} that the recipe has not; its expert would be lost")
-    by_task = tasks != own
+    by_task = tasks != own and _depends_on_tasks(hub)
+    if by_task and not hub.experts_belong_to_tasks:
+        raise RunError(
+            f"{mixture}: its experts do not belong to single tasks, so only a run of the same tasks in the same order "
+            f"can start from it: {', '.join(tasks)}"
+        )
     shapes = {n: _old_shape(t, len(own), len(tasks)) if by_task else tuple(t.shape) for n, t in live.items()}
     check_fits(shapes, saved, str(mixture))
     rows = torch.tensor([own.index(task) for task in tasks])
@@ -118,6 +124,15 @@ def fetch_lora(source: str) -> Path:
             f"{source!r}: no such folder, and its {CONFIG} and {WEIGHTS} cannot be had from the Hub: {reason}"
         ) from None
     return Path(found[0]).parent
+
+
+def _depends_on_tasks(hub: LoramuxModel) -> bool:
+    """Whether the adapter has parts for each task; else it is the same whatever the tasks are."""
+    config = hub.peft_config[hub.active_adapters[0]]
+    if hub.needs_task:
+        return True
+    more = method_config(config.method, tasks=[*config.tasks, "one more"], options=config.options)
+    return [branch.bank for branch in more.branches] != [branch.bank for branch in hub.method().branches]
 
 
 def _old_shape(tensor: Tensor, tasks: int, old_tasks: int) -> tuple[int, ...]:
