@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from training_cases import make_recipe, write_base, write_tasks
 
 from loramux.adapters import even_blend
 from loramux.adapters.held import Held
+from loramux.cli.main import build_parser
 from loramux.support.config import parse
 from loramux.support.errors import AdapterError, ConfigError, DataError, RunError
 from loramux.training.adapt import adapt_run
@@ -333,3 +335,11 @@ def test_a_task_that_cannot_join_is_refused(adapted, runs, place, tmp_path):
 def test_settings_are_checked_before_anything_runs(settings, message):
     with pytest.raises(ConfigError, match=message):
         parse(AdaptConfig, settings, where="settings")
+
+
+def test_the_commands_in_the_documentation_are_understood(repository):
+    page = (repository / "docs" / "adapting.md").read_text()
+    lines = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("loramux ")]
+    shown = [build_parser().parse_args(words[1:]) for words in lines]
+    assert [parsed.command for parsed in shown] == ["train", "adapt"]
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {"base", "scratch", *WAYS}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +54,9 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "compare", "export", "import", "methods", "tasks", "base"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "compare", "adapt", "export", "import", "methods", "tasks", "base"]
+)
 def test_every_command_explains_itself_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
@@ -101,6 +105,21 @@ def test_compare(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "lora r6" in capsys.readouterr().out
     assert main(["compare", "--report-only", *to]) == 0
     assert "lora r6" in capsys.readouterr().out
+
+
+def test_adapt_takes_a_task_in_and_leaves_runs_that_other_commands_take(
+    inputs: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(inputs / "tasks" / "home", tmp_path / "house")
+    settings = ["--shots", "8", "--steps", "4", "--ways", "new_expert", "--learning-rate", "new_expert=0.01"]
+    to = ["--to", str(tmp_path / "to")]
+    assert main(["adapt", str(run), "--task", str(tmp_path / "house"), *settings, *to]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"new_expert │ .* │  0.01 │ .* bit-equal │", out)
+    adapted = tmp_path / "to" / "new_expert"
+    assert main(["evaluate", str(adapted), "--limit", "2"]) == 0
+    assert main(["export", str(adapted), "--task", "house", "--to", str(tmp_path / "exports")]) == 0
+    assert (tmp_path / "exports" / "house" / "adapter_model.safetensors").is_file()
 
 
 def test_methods_lists_sizes_on_a_model(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,15 +171,38 @@ def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture
             ["compare", "--to", "{tmp}/c", "--methods", "moa", "--method-option", "rank=2"],
             "write it as METHOD.KEY=VALUE",
         ),
+        (
+            ["adapt", "{tmp}/none", "--task", "default", "--to", "{tmp}/a"],
+            "one task joins at a time, and here are who, ",
+        ),
+        (["adapt", "{tmp}/none", "--task", "{tasks}/home", "--to", "{tmp}/a"], "not a run folder"),
+        (
+            ["adapt", "{run}", "--task", "{tasks}/home", "--to", "{tmp}/a"],
+            "has a task 'home'; give the new one another",
+        ),
+        (["adapt", "x", "--task", "y", "--to", "z", "--ways", "rwo"], "ways: no way 'rwo'; did you mean 'row'?"),
+        (
+            ["adapt", "x", "--task", "y", "--to", "z", "--learning-rate", "row"],
+            "write it as R or WAY=R, for example row",
+        ),
+        (["adapt", "x", "--task", "y", "--to", "z", "--method-option", "de"], "as KEY=VALUE, for example languages=de"),
         (["methods", "moe"], "unknown method 'moe'; did you mean 'moa'?"),
         (["methods", "--model", "{tmp}"], "has no config.json"),
         (["tasks", "{tmp}/none.yaml"], "none.yaml: no such"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
-    arguments: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    inputs: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = [text.replace("{tmp}", str(tmp_path)).replace("{run}", str(run)) for text in arguments]
+    places = {"{tmp}": tmp_path, "{run}": run, "{tasks}": inputs / "tasks"}
+    given = arguments
+    for name, place in places.items():
+        given = [text.replace(name, str(place)) for text in given]
     assert main(given) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"loramux {arguments[0]}: ")
