@@ -75,6 +75,11 @@ class BranchConfig:
         return self.router is not None and self.router.shared
 
     @property
+    def through_block(self) -> bool:
+        """Whether its experts go through a whole feed-forward block, whose router chooses among them."""
+        return self.router is not None and self.router.per_block
+
+    @property
     def needs_task(self) -> bool:
         """Whether a call that names no task is an error."""
         return self.mixing.needs_task or (self.router is not None and self.router.scorer.needs_task)
@@ -92,20 +97,30 @@ class Branch(nn.Module):
         in_features, out_features: of the frozen linear.
         tasks: number of tasks.
         index: position among the branches of the method; keys the shared decisions of the context.
+        block_width: of the input of the feed-forward block around it, at the one linear that holds the block's router.
 
     Raises:
         ValueError: when a linear of these sizes cannot be served.
     """
 
-    def __init__(self, config: BranchConfig, in_features: int, out_features: int, tasks: int, index: int = 0) -> None:
+    def __init__(
+        self,
+        config: BranchConfig,
+        in_features: int,
+        out_features: int,
+        tasks: int,
+        index: int = 0,
+        block_width: int | None = None,
+    ) -> None:
         super().__init__()
         config.mixing.check_features(in_features, out_features)
         self.config, self.index, self.tasks = config, index, tasks
         self.bank = config.bank.build(in_features, out_features)
         self.core = config.mixing.build(config.bank, tasks)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        own = None if config.is_shared else config.router
-        width = config.bank.rank if own and own.projected else in_features
+        elsewhere = config.is_shared or (config.through_block and block_width is None)
+        own = None if elsewhere else config.router
+        width = config.bank.rank if own and own.projected else block_width or in_features
         self.router = Router(own, width, tasks, config.gates) if own else None
         self.prefer_mixing = False
 
@@ -129,6 +144,9 @@ class Branch(nn.Module):
             x: `(..., in_features)`, its input.
         """
         tasks = context.tasks.get(adapter)
+        if self.config.through_block:
+            chosen = context.running_expert(adapter, layer)
+            return self._add_materialised(output, self.dropout(x.to(self.dtype)), chosen, tasks)
         if context.own_experts and tasks is not None and self.config.router is not None:
             decision: Decision | None = own_gates(tasks, self.config.gates)
             return self._add_materialised(output, self.dropout(x.to(self.dtype)), decision, tasks)

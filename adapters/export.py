@@ -16,6 +16,7 @@ from ..support.config import config
 from ..support.errors import ExportRefused
 from ..support.files import atomic_folder, write_json
 from ..support.identity import BaseIdentity
+from .blocks import base_name
 from .card import write_card
 from .fidelity import Fidelity, measure_fidelity
 from .fit import distil, fit_factors
@@ -169,7 +170,7 @@ def save_lora(
 def short_names(adapted: Collection[str], model: nn.Module) -> list[str]:
     """Short names, which every server reads, where they name the adapted layers and no others; else full names."""
     short = {name.rpartition(".")[2] for name in adapted}
-    named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    named = {base_name(name) for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
     return sorted(short if named == set(adapted) else adapted)
 
 

@@ -76,17 +76,23 @@ class _Moments:
     def __init__(self) -> None:
         self.xx: Tensor | None = None
         self.dx: Tensor | None = None
-        self.count = 0
+        self.count = 0.0
 
-    def add(self, x: Tensor, delta: Tensor) -> None:
-        """Add tokens `x (tokens, in_features)` and their deltas `(tokens, out_features)`."""
-        x, delta = x.double(), delta.double()
+    def add(self, x: Tensor, delta: Tensor, counts: Tensor | None) -> None:
+        """Add tokens `x (..., in_features)` and their deltas `(..., out_features)`, each as much as it counts."""
+        x, delta = x.flatten(0, -2).double(), delta.flatten(0, -2).double()
+        if counts is not None:
+            counts = counts.flatten().to(x)
+            keep = counts > 0
+            x, delta, counts = x[keep], delta[keep], counts[keep]
+            root = counts.sqrt().unsqueeze(-1)
+            x, delta = x * root, delta * root
         if self.xx is None or self.dx is None:
             self.xx, self.dx = x.T @ x, delta.T @ x
         else:
             self.xx += x.T @ x
             self.dx += delta.T @ x
-        self.count += len(x)
+        self.count += len(x) if counts is None else float(counts.sum())
 
     def solve(self, rank: int) -> LowRank:
         assert self.xx is not None
@@ -101,12 +107,9 @@ class _Moments:
 
 
 def _observe(hub: LoramuxModel, task: TaskOrBlend, batch: Batch, moments: dict[str, _Moments]) -> None:
-    mask = batch["attention_mask"].bool()
-
-    def add(layer: str, x: Tensor, delta: Tensor) -> None:
+    def add(layer: str, x: Tensor, delta: Tensor, counts: Tensor | None) -> None:
         if layer in moments:
-            keep = mask if x.shape[:-1] == mask.shape else torch.ones(x.shape[:-1], dtype=torch.bool)
-            moments[layer].add(x[keep.to(x.device)], delta[keep.to(x.device)])
+            moments[layer].add(x, delta, counts)
 
     with hub.routing(task), hub.observing(add):
         answer_logits(hub, batch)

@@ -27,11 +27,12 @@ from ..routing import (
 from ..routing.context import Observer, resolve_tasks
 from ..support.errors import AdapterError
 from .banks import Bank, Common
+from .blocks import NO_BLOCK, Block, base_name, feed_forward_blocks, unwrap_blocks, wrap_blocks
 from .branch import Branch, BranchConfig
 from .first_pass import reading_first
 from .held import Held, all_but_own_experts, belong_to_tasks
 from .joining import NewTask, saved_tensors
-from .layer import LoramuxLinear
+from .layer import LoramuxLinear, routes_tokens
 from .low_rank import LowRank
 from .peft_config import CONTAINERS, PREFIX, LoramuxConfig, register
 from .prompt import attention_of, continues, hidden_size, inputs_of, pool_prompt, text_config
@@ -64,6 +65,8 @@ class LoramuxModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.context = RoutingContext()
+        self.blocks = feed_forward_blocks(model)
+        self._routed_at: dict[tuple[str, Block], str] = {}
         self.stage: StageConfig | None = None
         self._methods: dict[str, MethodConfig] = {}
         self._adapted: dict[str, list[str]] = {}
@@ -77,7 +80,10 @@ class LoramuxModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._methods[adapter_name] = config.build()
         self._check_hub_is_called(config, self._methods[adapter_name])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with self._blocks_laid_open():  # so that PEFT finds and saves modules by the names they have in the base
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._methods[adapter_name].in_blocks and not any(adapter == adapter_name for adapter, _ in self._routed_at):
+            raise AdapterError(f"method {config.method!r} {NO_BLOCK}")
         self._add_shared_parts(adapter_name)
 
     def _create_and_replace(
@@ -96,8 +102,7 @@ class LoramuxModel(BaseTuner):
         assert isinstance(config, LoramuxConfig)
         if new:
             layer._active_adapter = self.active_adapters
-        branches = self._methods[adapter_name].at(self.depth_of(current_key))
-        layer.update_layer(adapter_name, branches, len(config.tasks), config.inference_mode)
+        self._give_branches(adapter_name, layer)
         if new:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -110,8 +115,10 @@ class LoramuxModel(BaseTuner):
                 shared.requires_grad_(name in self.active_adapters and not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+        with self._blocks_laid_open():
+            super().delete_adapter(adapter_name)
         del self._methods[adapter_name], self._adapted[adapter_name]
+        self._routed_at = {key: layer for key, layer in self._routed_at.items() if key[0] != adapter_name}
         for container in (self.loramux_routers, self.loramux_banks):
             if adapter_name in container:
                 del container[adapter_name]
@@ -120,7 +127,29 @@ class LoramuxModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         for container in CONTAINERS:
             key = key.replace(f"{container}.{adapter_name}.", f"{container}.")
-        return key
+        return base_name(key)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_tokens_are_alike(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_tokens_are_alike(adapter_names)
+        with self._blocks_laid_open():
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_tokens_are_alike(self, adapters: list[str] | None) -> None:
+        """Before any layer is merged: others of the same adapter could refuse when some are merged already."""
+        for adapter in self.active_adapters if adapters is None else adapters:
+            if adapter in self._methods and self._methods[adapter].granularity == Granularity.TOKEN:
+                raise routes_tokens(adapter)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -418,8 +447,7 @@ class LoramuxModel(BaseTuner):
         before = {name: tuple(tensor.shape) for name, tensor in saved_tensors(self, adapter).items()}
         for layer in self.layers().values():
             if layer.branches(adapter):
-                branches = self._methods[adapter].at(self.depth_of(layer.name))
-                layer.update_layer(adapter, branches, len(config.tasks), config.inference_mode)
+                self._give_branches(adapter, layer)
         self._cast_adapter_dtype(adapter)
         self._add_shared_parts(adapter)
         return NewTask(self, adapter, before)
@@ -444,7 +472,8 @@ class LoramuxModel(BaseTuner):
 
     @contextmanager
     def observing(self, observer: Observer) -> Iterator[None]:
-        """Call `observer(layer, x, delta)` for every adapted layer that runs in the block."""
+        """Call `observer(layer, x, delta, counts)` for every adapted layer that runs in the block, where `counts` says
+        how much each token counts, or is None where all count alike."""
         self.context.observer = observer
         try:
             yield
@@ -649,6 +678,30 @@ class LoramuxModel(BaseTuner):
             container[adapter] = shared if on_meta else shared.to(self.model.device)
             shared.requires_grad_(adapter in self.active_adapters and not self.peft_config[adapter].inference_mode)
 
+    def _give_branches(self, adapter: str, layer: LoramuxLinear) -> None:
+        """Build the branches of a layer; the first of the linears in a block holds the block's router."""
+        config, method, block = self.peft_config[adapter], self._methods[adapter], self.blocks.get(layer.name)
+        branches = method.at(self.depth_of(layer.name), in_block=block is not None)
+        width = None
+        if block is not None and method.in_blocks:
+            holds_router = self._routed_at.setdefault((adapter, block), layer.name) == layer.name
+            width = block.width if holds_router else None
+        layer.update_layer(adapter, branches, len(config.tasks), config.inference_mode, width)
+
+    @contextmanager
+    def _blocks_laid_open(self) -> Iterator[None]:
+        """Modules are where the base has them, and feed-forward blocks are wrapped again afterwards where needed."""
+        unwrap_blocks(self.model)
+        try:
+            yield
+        finally:
+            routed = [
+                self.blocks[name].name
+                for name, layer in self.layers().items()
+                if any(branch.config.through_block for adapter in self._methods for branch in layer.branches(adapter))
+            ]
+            wrap_blocks(self.model, dict.fromkeys(routed), self.context)
+
     def _check_hub_is_called(self, config: LoramuxConfig, method: MethodConfig) -> None:
         first = [b for b in method.branches if b.is_shared and b.granularity == Granularity.TOKEN]
         if config.task_type is None and (first or method.granularity in (Granularity.TASK, Granularity.SEQUENCE)):
@@ -682,7 +735,7 @@ class LoramuxModel(BaseTuner):
 
     def _active_branches(self) -> list[BranchConfig]:
         names = list(self.context.adapter_rows) if self.context.adapter_rows else self.active_adapters
-        return [branch for name in names if name in self._methods for branch in self._methods[name].branches]
+        return [branch for name in names if name in self._methods for branch in self._methods[name].everywhere]
 
 
 register(LoramuxModel)

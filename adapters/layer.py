@@ -41,9 +41,17 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _features(self.get_base_layer(), name)
 
     def update_layer(
-        self, adapter: str, branches: Sequence[BranchConfig], tasks: int, inference_mode: bool = False
+        self,
+        adapter: str,
+        branches: Sequence[BranchConfig],
+        tasks: int,
+        inference_mode: bool = False,
+        block_width: int | None = None,
     ) -> None:
         """Give `adapter` its branches here; where it had some, their values stay in the leading rows.
+
+        Args:
+            block_width: see `Branch`.
 
         Raises:
             AdapterError: when a branch cannot serve a linear of these sizes.
@@ -51,7 +59,7 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         before = self.branches(adapter)
         try:
             self.loramux_branches[adapter] = nn.ModuleList(
-                Branch(branch, self.in_features, self.out_features, tasks, index)
+                Branch(branch, self.in_features, self.out_features, tasks, index, block_width)
                 for index, branch in enumerate(branches)
             )
         except ValueError as error:
@@ -78,7 +86,7 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
             return self._add_static(output, x)
         adapted = self._add_rows(output, x) if self.context.adapter_rows else self._add_active(output, x)
         if self.context.observer is not None:
-            self.context.observer(self.name, x, adapted - output)
+            self.context.observer(self.name, x, adapted - output, self.context.counts_for(x))
         return adapted
 
     def factors(self, adapter: str) -> LowRank:
@@ -129,10 +137,7 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
     def _constant_decision(self, branch: Branch, adapter: str, tasks: Tensor | None) -> Decision | None:
         granularity = branch.config.granularity
         if granularity == Granularity.TOKEN:
-            raise AdapterError(
-                f"adapter {adapter!r} routes every token by itself, so it is not one weight update and cannot be "
-                "merged; `loramux export` fits and measures a plain LoRA per task"
-            )
+            raise routes_tokens(adapter)
         if granularity > Granularity.FIXED and (tasks is None or len(tasks) != 1):
             raise AdapterError(
                 f"adapter {adapter!r} has a different weight update for each task: merge it inside "
@@ -166,6 +171,14 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         factors: LowRank = self.context.static_factors[self.name]
         hidden = nn.functional.linear(x.to(factors.down.dtype), factors.down)
         return add_product(output, hidden, factors.up.T)
+
+
+def routes_tokens(adapter: str) -> AdapterError:
+    """Why an adapter is not one weight update."""
+    return AdapterError(
+        f"adapter {adapter!r} routes every token by itself, so it is not one weight update and cannot be merged; "
+        "`loramux export` fits and measures a plain LoRA per task"
+    )
 
 
 def _features(layer: nn.Module, name: str) -> tuple[int, int]:

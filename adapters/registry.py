@@ -60,19 +60,35 @@ class MethodConfig:
         stages: that train them, one after the other.
         by_depth: where layers differ, the branches of each section of the model from its input to its output; the
             sections hold equally many layers, and their branches differ in sizes alone.
+        in_blocks: where experts go through feed-forward blocks, the branches of the linears in them; `branches` are
+            then those of the others.
     """
 
     branches: tuple[BranchConfig, ...]
     stages: tuple[StageConfig, ...] = field(default=(StageConfig(),))
     by_depth: tuple[tuple[BranchConfig, ...], ...] = ()
+    in_blocks: tuple[BranchConfig, ...] = ()
 
-    def at(self, depth: float) -> tuple[BranchConfig, ...]:
-        """The branches of a linear at `depth`, which is 0 at the first layer and below 1."""
+    def __post_init__(self) -> None:
+        if any(branch.through_block for branch in self.branches):
+            raise ValueError("branches whose router is that of a feed-forward block belong to in_blocks")
+        if not all(branch.through_block or branch.router is None for branch in self.in_blocks):
+            raise ValueError("branches in a feed-forward block are routed by the block's router or not at all")
+
+    def at(self, depth: float, *, in_block: bool = False) -> tuple[BranchConfig, ...]:
+        """The branches of a linear at `depth`, which is 0 at the first layer and below 1, in a block or elsewhere."""
+        if in_block and self.in_blocks:
+            return self.in_blocks
         return self.by_depth[int(depth * len(self.by_depth))] if self.by_depth else self.branches
 
     @property
     def granularity(self) -> Granularity:
-        return max(branch.granularity for branch in self.branches)
+        return max(branch.granularity for branch in self.everywhere)
+
+    @property
+    def everywhere(self) -> tuple[BranchConfig, ...]:
+        """The branches of all kinds of linears."""
+        return self.branches + self.in_blocks
 
     @property
     def exports_exactly(self) -> bool:

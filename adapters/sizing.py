@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..routing import Router
+from .blocks import NO_BLOCK, Block
 from .branch import Branch
 from .hub import LoramuxModel
 from .registry import MethodConfig
@@ -13,11 +14,17 @@ from .registry import MethodConfig
 
 @dataclass(frozen=True)
 class Linear:
-    """An adapted linear, as far as an adapter's size depends on it; `depth` is 0 at the first layer and below 1."""
+    """An adapted linear, as far as an adapter's size depends on it.
+
+    Attributes:
+        depth: 0 at the first layer and below 1.
+        block: the feed-forward block around it.
+    """
 
     in_features: int
     out_features: int
     depth: float = 0.0
+    block: Block | None = None
 
 
 def count_parameters(method: MethodConfig, linears: Iterable[Linear], *, tasks: int, hidden_size: int) -> int:
@@ -28,11 +35,20 @@ def count_parameters(method: MethodConfig, linears: Iterable[Linear], *, tasks: 
     """
     linears = list(linears)
     shapes = [(linear.in_features, linear.out_features) for linear in linears]
+    if method.in_blocks and not any(linear.block for linear in linears):
+        raise ValueError(NO_BLOCK)
+    first_of = {linear.block: number for number, linear in reversed(list(enumerate(linears)))}
     with torch.device("meta"):
         layers = [
-            Branch(branch, linear.in_features, linear.out_features, tasks)
-            for linear in linears
-            for branch in method.at(linear.depth)
+            Branch(
+                branch,
+                linear.in_features,
+                linear.out_features,
+                tasks,
+                block_width=linear.block.width if linear.block and first_of[linear.block] == number else None,
+            )
+            for number, linear in enumerate(linears)
+            for branch in method.at(linear.depth, in_block=linear.block is not None)
         ]
         routers = [
             Router(branch.router, hidden_size, tasks, branch.gates, len(linears))
@@ -49,7 +65,10 @@ def adapter_parameters(hub: LoramuxModel) -> int:
 
 
 def adapted_linears(hub: LoramuxModel) -> list[Linear]:
-    return [Linear(layer.in_features, layer.out_features, hub.depth_of(name)) for name, layer in hub.layers().items()]
+    return [
+        Linear(layer.in_features, layer.out_features, hub.depth_of(name), hub.blocks.get(name))
+        for name, layer in hub.layers().items()
+    ]
 
 
 def matched_lora_rank(parameters: int, linears: Iterable[Linear]) -> int:

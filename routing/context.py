@@ -5,7 +5,8 @@ when gradient checkpointing recomputes a block during the backward pass, and thr
 describes the latest call, so under checkpointing each forward pass wants its backward pass before the next one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from .losses import masked_mean
 from .router import Router
 from .statistics import RouteObserver
 
-Observer = Callable[[str, Tensor, Tensor], None]
+Observer = Callable[[str, Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass
@@ -36,7 +37,8 @@ class RoutingContext:
         own_experts: every row goes to the expert of its own task, whatever routers would say.
         bypass: run the frozen base alone.
         static_factors: plain LoRA factors per layer that stand in for the adapters.
-        observer: called with layer name, input and delta of every adapted layer.
+        running_experts: per adapter, the expert that a feed-forward block runs through right now, on `(1, gates)`.
+        observer: called with layer name, input and delta of every adapted layer, and how much each token counts.
         route_observer: sees every decision.
         recording: whether this pass counts for losses and balance; off when a checkpointed block is recomputed.
         layer_losses, shared_losses: weighted auxiliary losses of this pass, of each layer's and of shared routers.
@@ -54,9 +56,11 @@ class RoutingContext:
     recording: bool = False
     layer_losses: list[Tensor] = field(default_factory=list)
     shared_losses: list[Tensor] = field(default_factory=list)
+    running_experts: dict[str, Decision] = field(default_factory=dict)
     observer: Observer | None = None
     route_observer: RouteObserver | None = None
     static_factors: Mapping[str, Any] | None = None
+    _counts: Tensor | None = None
 
     def auxiliary_loss(self) -> Tensor | None:
         """The mean of the layers' losses plus the shared routers' losses; None where there are none."""
@@ -99,6 +103,37 @@ class RoutingContext:
                 f"first pass, and this layer sees {x.shape[:-1].numel()}; leave it out of target_modules"
             )
         return decision
+
+    @contextmanager
+    def running(self, adapter: str, expert: Decision, counts: Tensor) -> Iterator[None]:
+        """A feed-forward block runs through one expert of an adapter.
+
+        Args:
+            counts: `(1, tokens)`, how much the expert counts for the tokens that run.
+        """
+        self.running_experts[adapter], self._counts = expert, counts
+        try:
+            yield
+        finally:
+            del self.running_experts[adapter]
+            self._counts = None
+
+    def running_expert(self, adapter: str, layer: str) -> Decision:
+        """The expert that the feed-forward block of a layer runs through, on `(1, gates)`.
+
+        Raises:
+            AdapterError: when the layer runs without its block.
+        """
+        if adapter not in self.running_experts:
+            raise AdapterError(
+                f"{layer}: adapter {adapter!r} routes the feed-forward block around this linear, and the model runs "
+                "the linear without it; leave it out of target_modules"
+            )
+        return self.running_experts[adapter]
+
+    def counts_for(self, x: Tensor) -> Tensor | None:
+        """How much each token of `x (..., features)` counts for the layer that sees it, `(...)`; None if all alike."""
+        return self.mask_for(x) if self._counts is None else self._counts
 
     def rows_of(self, adapter: str, batch: int) -> Tensor:
         """The rows of a batch that an adapter serves in a mixed batch; beams of a row lie next to each other."""

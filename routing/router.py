@@ -22,6 +22,7 @@ class RouterConfig:
         normaliser: how scores become weights.
         shared: one router for the whole model instead of one per adapted linear.
         projected: it reads what the A that all experts share makes of a token, instead of the token (CoMoL).
+        per_block: one router for all linears of a feed-forward block, at its input; experts are mixed after it.
         groups: number of independent decisions side by side, each over its share of the gates (MHR's splits).
         losses: what decisions cost in training, averaged over layers.
     """
@@ -29,6 +30,7 @@ class RouterConfig:
     scorer: Scorer
     normaliser: Normaliser
     shared: bool = False
+    per_block: bool = False
     projected: bool = False
     groups: int = 1
     losses: tuple[RouterLoss, ...] = ()
@@ -38,6 +40,8 @@ class RouterConfig:
             raise ValueError("a router that decides once per sequence must be shared by the whole model")
         if self.scorer.granularity == Granularity.TOKEN and self.shared != isinstance(self.scorer, FirstPass):
             raise ValueError("a router of tokens is shared by the whole model if it reads a first pass, and only then")
+        if self.per_block and (self.scorer.granularity != Granularity.TOKEN or self.shared):
+            raise ValueError("the router of a feed-forward block decides token by token, and for that block alone")
 
     @property
     def learns_labels(self) -> bool:

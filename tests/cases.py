@@ -22,6 +22,7 @@ CASES: dict[str, dict] = {
     "loretta": {"rank": 4, "train_rank": 3, "order": 2},
     "madx": {"rank": 4, "language_rank": 4, "languages": {"who": "en", "where": "en", "when": "de"}},
     "mhr": {"rank": 4, "skills": 3, "splits": 4},
+    "mixlora": {"rank": 4, "experts": 3, "alpha": 4.0},
     "moa": {"rank": 4},
     "moelora": {"rank": 4, "experts": 3},
     "mola": {"rank": 4, "experts": [2, 4], "top_k": 2},
@@ -60,6 +61,7 @@ ONE_EXPERT: dict[str, dict] = {
     "loretta": {"rank": 4, "train_rank": 3, "order": 2, "alpha": 4.0},
     "madx": {"rank": 4, "language_rank": 4},
     "mhr": {"rank": 4, "skills": 1, "splits": 4},
+    "mixlora": {"rank": 4, "experts": 1, "top_k": 1, "alpha": 4.0},
     "moa": {"rank": 4},
     "moelora": {"rank": 4, "experts": 1},
     "mola": {"rank": 4, "experts": [1], "top_k": 1},
@@ -83,6 +85,9 @@ ONE_EXPERT: dict[str, dict] = {
     "xlora": {"rank": 4},
 }
 
+
+# Methods that mix what the base says after a nonlinearity, with weights that sum to one but for rounding.
+MIXES_THE_BASE = {"mixlora"}
 
 # Methods whose routers draw at random in training, and never in evaluation.
 RANDOM_IN_TRAINING = {"distil_gate", "mosa", "poly", "task_moe", "xlora"}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import (
     CASES,
+    MIXES_THE_BASE,
     ONE_EXPERT,
     RANDOM_IN_TRAINING,
     TASKS,
@@ -49,7 +50,8 @@ def test_every_registered_method_has_a_row_in_the_suite():
 
 @every_method
 def test_before_training_the_adapted_model_is_the_base(method):
-    assert torch.equal(logits(adapted(method).eval(), routing_tasks=task_of_rows()), logits(tiny_llama()))
+    ours, base = logits(adapted(method).eval(), routing_tasks=task_of_rows()), logits(tiny_llama())
+    torch.testing.assert_close(ours, base, rtol=0, atol=1e-6 if method in MIXES_THE_BASE else 0)
 
 
 @every_method
