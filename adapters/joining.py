@@ -138,7 +138,7 @@ def saved_tensors(hub: "LoramuxModel", adapter: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def even_blend(hub: "LoramuxModel") -> dict[str, LowRank]:
-    """The even blend of all experts of every layer as one plain LoRA (MHR-mu, Caccia et al. 2023, section 3.3).
+    """The even blend of all experts of every layer as one plain LoRA (MHR-mu, Caccia et al. 2023).
 
     Where factors are averaged it has the rank of one expert, where deltas are summed that of all together; never more
     than the layer can use.
@@ -146,7 +146,8 @@ def even_blend(hub: "LoramuxModel") -> dict[str, LowRank]:
     adapter = hub.active_adapters[0]
     blended = {}
     for name, layer in hub.layers().items():
-        pairs = [branch.even_factors() for branch in layer.branches(adapter)]
+        with torch.device(hub.model.device):
+            pairs = [branch.even_factors() for branch in layer.branches(adapter)]
         pair = LowRank(torch.cat([down[0] for down, _ in pairs]), torch.cat([up[0] for _, up in pairs]).T)
         blended[name] = pair.without_excess()
     return blended

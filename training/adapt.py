@@ -62,6 +62,8 @@ class _Adapting:
         self.linears = adapted_linears(hub)
         few = [with_examples(known, _OTHERS) for known in run.tasks]
         *others, whole = encode_all([*few, task], run.recipe, run.tokenizer, run.model)
+        for note in whole.notes:
+            say(f"{task.name}: {note}")
         new = with_shots(whole, settings.shots, settings.seed)
         self.training_examples = len(whole.splits["train"])
         self.material = Material(run.folder.path, run.recipe, run.tasks, others, new, run.tokenizer.pad_token_id or 0)
