@@ -6,10 +6,10 @@ from cases import CASES, TASKS, a_batch, adapted, logits, trained
 
 from loramux.adapters import exact_factors
 
-# One for every way in which a task decides: given and learned tables, codes, gates, matrices, averaged factors and
+# One for every way in which a task decides: given and learned tables, vectors, gates, matrices, averaged factors and
 # leaves, routers of prompts and of tokens.
 METHODS = {
-    **{name: CASES[name] for name in ("clp", "mtlora", "scalearn", "task_moe", "taps", "mtl_lora", "mhr", "hyperx")},
+    **{name: CASES[name] for name in ("clp", "task_moe", "taps", "mtl_lora", "mhr")},
     "tensorpoly": {**CASES["tensorpoly"], "variant": "II"},
     **{name: CASES[name] for name in ("moa", "task_aware_moe", "distil_gate")},
 }

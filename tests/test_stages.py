@@ -1,10 +1,6 @@
-"""Stage plans: what trains, on which examples, what happens in between, and that a kill or a second process changes
-nothing of it."""
+"""Stage plans: what trains, on which examples, what happens in between, and that a kill changes nothing of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -337,7 +333,7 @@ def test_two_passes_under_gradient_checkpointing_have_the_gradient_of_two_withou
     torch.testing.assert_close(losses_of(model, 1.0), plain)
 
 
-# ---------------------------------------------------------------------- steps, kills, processes
+# ---------------------------------------------------------------------- steps and kills
 
 
 def test_stages_share_the_steps_and_none_goes_without():
@@ -367,27 +363,3 @@ def test_a_run_killed_around_the_end_of_a_stage_resumes_to_the_same_weights(plac
     run_of(places, tmp_path / "killed", *settings, resume=True)
     calm, killed = weights_of(tmp_path / "calm"), weights_of(tmp_path / "killed")
     assert all(torch.equal(tensor, killed[name]) for name, tensor in calm.items())
-
-
-def test_two_processes_come_out_of_a_stage_as_one_does(places, tmp_path):
-    """Experts start anew alike on both, and prototypes are of the same prompts; shards of experts are refused."""
-    jobs = {
-        "reset": ["method.name=task_moe", "method.options={rank: 2, experts: 1, route_share: 0.5}"],  # draws nothing
-        "retriever": ["method.name=router_retriever"],
-        "refused": ["method.name=arrow", "train.distributed=fsdp"],
-    }
-    child = Path(__file__).with_name("distributed_child.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(child)]
-    command += [str(places[0]), str(places[1]), str(tmp_path / "two")]
-    command += [f"{name}={';'.join(settings)}" for name, settings in jobs.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for name in ("reset", "retriever"):
-        run_of(places, tmp_path / "one" / name, *jobs[name])
-        one, two = weights_of(tmp_path / "one" / name), weights_of(tmp_path / "two" / name)
-        assert one.keys() == two.keys()
-        for key, tensor in one.items():
-            torch.testing.assert_close(two[key], tensor, rtol=0, atol=5e-5, msg=lambda m, key=key: f"{key}: {m}")
-    assert "use train.distributed: ddp" in (tmp_path / "two" / "refused.txt").read_text()
-    assert not (tmp_path / "two" / "refused" / "metrics.jsonl").exists()  # before any step is spent

@@ -23,6 +23,12 @@ MOA = ["method.name=moa", "train.accumulation=2"]
 SMORA = ["method.name=smora", "method.options={rank: 8, top_k: 3, balance_rate: 0.01}", "train.batch_size=5"]
 LORA = ["method.name=lora", "train.gradient_checkpointing=true", "train.steps=4"]
 JOBS = {"moa": MOA, "smora": SMORA, "lora": LORA}
+# Experts that start anew between stages (one, so that its router draws nothing), and prototypes that are fitted.
+AFTER = {
+    "task_moe": ["method.name=task_moe", "method.options={rank: 2, experts: 1, route_share: 0.5}"],
+    "router_retriever": ["method.name=router_retriever"],
+}
+REFUSED = ["method.name=arrow", "train.distributed=fsdp"]
 KINDS = ("ddp", "fsdp")
 
 
@@ -37,10 +43,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind in KINDS
     ]
     looked_at = [*LORA, "train.log_gradients=2"]
+    jobs += [f"{name}={';'.join(settings)}" for name, settings in {**AFTER, "refused": REFUSED}.items()]
     run_in_two_processes(base, tasks, root / "two", *jobs, f"lora-gradients={';'.join(looked_at)}")
     train_run(make_recipe(base, tasks, *looked_at), root / "one" / "lora-gradients", evaluate=None)
-    for name, settings in JOBS.items():
-        train_run(make_recipe(base, tasks, *settings), root / "one" / name, evaluate=EVALUATIONS[name])
+    for name, settings in {**JOBS, **AFTER}.items():
+        train_run(make_recipe(base, tasks, *settings), root / "one" / name, evaluate=EVALUATIONS.get(name))
     return root
 
 
@@ -96,6 +103,16 @@ def test_two_processes_find_the_gradient_cosines_of_one(root: Path) -> None:
             assert other == pytest.approx(row, abs=1e-3)
     weights = weights_of(root / "two" / "lora-ddp")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(two.path).items())
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_two_processes_come_out_of_a_stage_as_one_does(root: Path, name: str) -> None:
+    assert_close(weights_of(root / "one" / name), weights_of(root / "two" / name))
+
+
+def test_shards_of_experts_that_a_stage_rearranges_are_refused_before_any_step(root: Path) -> None:
+    assert "use train.distributed: ddp" in (root / "two" / "refused.txt").read_text()
+    assert not (root / "two" / "refused" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
