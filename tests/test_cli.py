@@ -226,7 +226,10 @@ def test_an_error_in_a_process_of_its_own_has_exit_code_2_and_no_traceback(tmp_p
 
 def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(inputs: Path, tmp_path: Path) -> None:
     to = tmp_path / "run"
-    process = command("train", "--to", str(to), *settings(inputs, "train.steps=100000", "train.save_every=5"))
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and their children with them.
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    recipe = settings(inputs, "train.steps=100000", "train.save_every=5")
+    process = command("train", "--to", str(to), *recipe, **heeding)
     deadline = time.monotonic() + 200
     while not list(to.glob("checkpoints/step-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
