@@ -8,11 +8,11 @@ import torch
 from cases import CASES, TASKS, a_batch, adapted, task_of_rows, tiny_llama, with_random_experts
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_cases import ANSWERS, NOUNS, make_recipe, write_base, write_tasks
+from training_cases import NOUNS, make_recipe, write_base, write_tasks
 
-from loramux.adapters import StageConfig, find_method, method_config
+from loramux.adapters import StageConfig, method_config
 from loramux.support.errors import AdapterError, ConfigError
-from loramux.tasks import Encoded
+from loramux.tasks import Encoded, Mixture
 from loramux.training.answer_logits import Objective, locate_answers, symmetric_kl
 from loramux.training.assess import encode_tasks
 from loramux.training.batches import MixtureBatches
@@ -98,20 +98,22 @@ def test_routing_by_task_needs_an_expert_for_each():
 
 
 @pytest.mark.parametrize(
-    ("method", "first", "second"),
-    [("alter", {"bank"}, {"bank", "router"}), ("scalearn", {"bank"}, {"router"}), ("task_moe", {"bank"}, {"bank"})],
+    ("method", "share", "first", "second"),
+    [
+        ("alter", "gate_share", {"bank"}, {"bank", "router"}),
+        ("scalearn", "scale_share", {"bank"}, {"router"}),
+        ("task_moe", "route_share", {"bank", "router"}, {"bank"}),
+    ],
 )
-def test_a_stage_moves_what_it_names_and_nothing_else(places, tmp_path, method, first, second):
-    options = {"alter": "gate_share: 0.5", "scalearn": "scale_share: 0.5", "task_moe": "route_share: 0.5"}[method]
+def test_a_stage_moves_what_it_names_and_nothing_else(places, tmp_path, method, share, first, second):
     seen = Snapshots()
-    settings = [f"method.name={method}", f"method.options={{rank: 2, {options}}}", "train.eval_every=1"]
+    settings = [f"method.name={method}", f"method.options={{rank: 2, {share}: 0.5}}", "train.eval_every=1"]
     run_of(places, tmp_path / "run", *settings, "train.weight_decay=0.1", "train.steps=6", evaluate=seen)
-    routers = {"router"} if method == "task_moe" else set()
-    assert seen.moved(1, 3) == first | routers
+    assert seen.moved(1, 3) == first
     assert seen.moved(4, 6) == second
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    names = [stage.name for stage in find_method(method).build(tuple(ANSWERS), **{options.split(":")[0]: 0.5}).stages]
-    assert [line["stage"] for line in lines if "stage" in line] == [names[0], names[1], names[1]]
+    stages = [stage.name for stage in method_config(method, tasks=TASKS, options={share: 0.5}).stages]
+    assert [line["stage"] for line in lines if "stage" in line] == [stages[0], stages[1], stages[1]]
 
 
 def test_a_router_that_is_frozen_draws_nothing_at_random():
@@ -210,11 +212,10 @@ def test_samples_are_the_same_on_every_process_and_of_every_task(places, tmp_pat
     run = run_of(places, tmp_path / "run", "method.name=lora", "train.steps=1")
     tasks = encode_tasks(run)
 
-    def rows(process: int, count: int) -> list:
-        class Size:
-            batch_size = 6
+    mixture = Mixture({task.name: task.lengths for task in tasks}, run.recipe.mixture, batch_size=6, seed=0)
 
-        batches = MixtureBatches(tasks, Size(), pad_id=0, process=process, processes=2)  # type: ignore[arg-type]
+    def rows(process: int, count: int) -> list:
+        batches = MixtureBatches(tasks, mixture, pad_id=0, process=process, processes=2)
         return [batch.rows for batch in batches.samples(count)]
 
     assert rows(0, 10) == rows(1, 10)
