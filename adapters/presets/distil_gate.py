@@ -21,8 +21,8 @@ def distil_gate(
 ) -> MethodConfig:
     """One expert per task, and a gate that decides token by token whether to use it or the frozen base alone.
 
-    `budget_loss` keeps the share of tokens that use it near `budget`. The gate is hard in evaluation; `noise` drives its
-    scores that way in training, all along where the paper's grows. Without the distillation from a larger model.
+    `budget_loss` keeps the share of tokens that use it near `budget`. The gate is hard in evaluation; `noise` drives
+    its scores that way in training, all along where the paper's grows. Without the distillation from a larger model.
     """
     require_between("budget", budget, 0, 1)
     router = RouterConfig(
