@@ -1,4 +1,4 @@
-"""The command line: `loramux train | evaluate | compare | export | methods | tasks | base`."""
+"""The command line: `loramux train | evaluate | compare | export | routes | methods | tasks | base`."""
 
 from .main import main
 

@@ -28,6 +28,7 @@ from ..training.imports import import_recipe, import_run
 from ..training.main_job import evaluate_job, new_run_folder, train_job
 from ..training.recipe import BaseConfig, Recipe, load_recipe
 from ..training.report import show
+from ..training.routes import HEADER, report_routes
 from ..training.run import load_run
 from ..training.run_folder import RunFolder
 from ..training.sizing import BaseShapes, shapes_of
@@ -150,6 +151,18 @@ def import_(arguments: argparse.Namespace) -> None:
     if untrained:
         own = arguments.to / "recipe.yaml"
         say(f"still as new: the {' and '.join(untrained)}; `loramux train {own} --to RUN` trains that, and no expert")
+
+
+def routes(arguments: argparse.Namespace) -> None:
+    run = load_run(arguments.run)
+    to = arguments.to or arguments.run / "routes"
+    report = report_routes(run, to, only=arguments.task, examples=arguments.examples)
+    show_table(f"routers of {arguments.run}", HEADER, report.rows)
+    for remark in report.remarks:
+        say(remark)
+    names = [file.name for file in report.written if file.parent == to]
+    more = "; more in routing/" if len(names) < len(report.written) else ""
+    say(f"Written to {to}: {', '.join(names)}{more}")
 
 
 def methods(arguments: argparse.Namespace) -> None:

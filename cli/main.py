@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         *(_add_train, _add_evaluate, _add_compare, _add_adapt, _add_export, _add_import),
-        *(_add_methods, _add_tasks, _add_base),
+        *(_add_routes, _add_methods, _add_tasks, _add_base),
     ):
         add(commands)
     return parser
@@ -240,6 +240,28 @@ def _add_import(commands: Commands) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="one more key of the recipe, such as base.also_called=[other/name] (may be repeated)",
+    )
+
+
+def _add_routes(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "routes",
+        "see what the routers of a run do",
+        "Draw which expert each task uses at every layer, which tasks are routed alike, how many experts were in use\n"
+        "while the run trained and how well its tasks' gradients agreed, and write a page of text whose tokens have\n"
+        "the colours of their experts.",
+        """
+  loramux routes runs/smora
+  loramux routes runs/smora --task who --task where --examples 10 --to who_and_where""",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="where to write (default: RUN/routes)")
+    parser.add_argument(
+        "--task", action="append", metavar="TASK", help="a task to look at (may be repeated; default: all)"
+    )
+    parser.add_argument(
+        "--examples", type=_positive, default=4, metavar="N", help="examples per task on the page of text (default: 4)"
     )
 
 

@@ -73,7 +73,7 @@ class RoutingStatistics:
 
     tasks: Sequence[str]
     _layers: dict[str, LayerUsage] = field(default_factory=dict)
-    _sums: dict[tuple[tuple[str, ...], int], "_Sums"] = field(default_factory=dict)
+    _sums: dict[tuple[str, ...], "_Sums"] = field(default_factory=dict)
     _held: list["_Held"] = field(default_factory=list)
     _held_size: int = 0
 
@@ -90,21 +90,23 @@ class RoutingStatistics:
         alike: dict[tuple[Any, ...], list[_Held]] = {}
         for held in self._held:
             alike.setdefault(held.kind, []).append(held)
+            if held.layer not in self._layers:  # in the order of the model
+                self._layers[held.layer] = LayerUsage.empty(len(self.tasks), held.weights.shape[-1], held.groups)
         for members in alike.values():
-            key = tuple(held.layer for held in members), members[0].groups
+            names = tuple(held.layer for held in members)
             sums = _sum_up(members, len(self.tasks))
-            before = self._sums.get(key)
-            self._sums[key] = sums if before is None else _Sums(*map(torch.add, before, sums))
+            before = self._sums.get(names)
+            self._sums[names] = sums if before is None else _Sums(*map(torch.add, before, sums))
         self._held, self._held_size = [], 0
 
     @property
     def layers(self) -> dict[str, LayerUsage]:
         """All that was seen so far, by layer, on the CPU."""
         self.count()
-        for (names, groups), sums in self._sums.items():
+        for names, sums in self._sums.items():
             weights, tokens, entropy = (part.cpu() for part in sums)
             for name, own_weights, own_entropy in zip(names, weights, entropy, strict=True):
-                layer = self._layers.setdefault(name, LayerUsage.empty(len(tokens), own_weights.shape[-1], groups))
+                layer = self._layers[name]
                 layer.weights += own_weights
                 layer.tokens += tokens
                 layer.entropy += own_entropy

@@ -55,7 +55,7 @@ def test_help_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "evaluate", "compare", "adapt", "export", "import", "methods", "tasks", "base"]
+    "name", ["train", "evaluate", "compare", "adapt", "export", "import", "routes", "methods", "tasks", "base"]
 )
 def test_every_command_explains_itself_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -78,6 +78,19 @@ def test_evaluate_and_its_report(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["evaluate", str(run), "--report-only"]) == 0
     assert "matched LoRA" in (run / "results.md").read_text()
     assert "matched LoRA" in capsys.readouterr().out
+
+
+def test_routes_shows_a_table_and_says_what_was_written(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["routes", str(run)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "prompt" in out
+    assert "No tokens.html: moa decides once per prompt, not token by token." in out
+    assert f"Written to {run}/routes: routing.png, over_time.png, similarity.png, routes.json" in out
+    assert main(["routes", str(run), "--task", "home", "--to", str(tmp_path / "one")]) == 0
+    assert json.loads((tmp_path / "one" / "routes.json").read_text())["tasks"] == ["home"]
+    assert "No similarity.png: it takes two tasks or more" in capsys.readouterr().out
 
 
 def test_export_some_and_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +176,9 @@ def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture
         (["evaluate", "{tmp}/none", "--report-only"], "no results.json there"),
         (["export", "{tmp}/none", "--all", "--to", "{tmp}/e"], "not a run folder"),
         (["export", "{run}", "--task", "soud", "--to", "{tmp}/e"], "no task 'soud'; did you mean 'sound'?"),
+        (["routes", "{tmp}/none"], "not a run folder"),
+        (["routes", "{run}", "--task", "soud"], "no task 'soud'; did you mean 'sound'?"),
+        (["routes", "{run}/baseline"], "method 'lora' has no router: all is always on, so there are no routes to show"),
         (["compare", "--to", "{tmp}/c"], "--methods: name at least one"),
         (["compare", "--to", "{tmp}/c", "--report-only"], "no comparison.json there"),
         (["compare", "--to", "{tmp}/c", "--methods", "moa", "--seeds", "-1"], "seed (=-1) must be in [0, 2**32)"),

@@ -16,7 +16,6 @@ from loramux.training.run import build_batches, build_model, train_run
 from loramux.training.run_folder import RunFolder
 
 LORA = ["method.name=lora", "train.steps=4"]
-ALL_TASKS = "train.batch_size=24"  # a small batch of examples alike in length may lack a task
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +71,16 @@ def test_the_cosines_are_those_of_gradients_taken_task_by_task(
     places, tmp_path: Path, method: list[str], shared: str
 ) -> None:
     """Of all experts that two tasks share: mtlora's second branch has experts of one task each."""
-    settings = [*method, ALL_TASKS, "train.steps=2"]
+    settings = [*method, "train.batch_size=24", "train.steps=2"]
     recipe, tasks = make_recipe(*places, *settings), load_tasks(str(places[1]))
     base, tokenizer = load_base(recipe.base.model)
     model = build_model(base, recipe, [task.name for task in tasks]).train()
     batches = build_batches(recipe, tasks, tokenizer, base, make_accelerator(recipe.train))
-    (batch,) = batches.at(0)
     gradients = []
-    for task in range(3):
+    for task, batch in batches.of_each_task(0):
+        assert batch.tasks.tolist() == [task] * 8
         model.zero_grad()
-        labels = batch.labels.masked_fill(batch.tasks.unsqueeze(1) != task, -100)
-        model(**batch.inputs, labels=labels).loss.backward()
+        model(**batch.inputs, labels=batch.labels).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for name, p in model.named_parameters() if shared in name]))
     unit = torch.nn.functional.normalize(torch.stack(gradients))
     expected = unit @ unit.T
@@ -102,7 +100,7 @@ def test_where_no_expert_is_shared_there_is_no_cosine(places, tmp_path: Path) ->
     assert not cosine_lines(run)
 
 
-def test_a_task_that_is_not_in_the_batch_has_no_cosine(places, tmp_path: Path) -> None:
+def test_a_task_that_the_mixture_leaves_out_has_no_cosine(places, tmp_path: Path) -> None:
     weights = ["mixture.strategy=weights", "mixture.weights={colour: 1, sound: 0, home: 1}"]
     (line,) = cosines(run_of(places, tmp_path / "run", *LORA, *weights, every=4))
     assert line[1] == [None, None, None]
@@ -119,8 +117,8 @@ def test_two_tasks_that_are_the_same_agree(places, tmp_path: Path) -> None:
 
 def test_accumulation_gives_the_cosines_of_one_large_batch(places, tmp_path: Path) -> None:
     """Two processes do too: test_training_distributed.py."""
-    whole = run_of(places, tmp_path / "whole", *LORA, ALL_TASKS)
-    parts = run_of(places, tmp_path / "parts", *LORA, ALL_TASKS, "train.accumulation=3")
+    whole = run_of(places, tmp_path / "whole", *LORA)
+    parts = run_of(places, tmp_path / "parts", *LORA, "train.accumulation=3")
     torch.testing.assert_close(torch.tensor(cosines(parts)), torch.tensor(cosines(whole)), atol=1e-3, rtol=0)
     assert cosine_lines(parts) == pytest.approx(cosine_lines(whole), abs=1e-3)
 

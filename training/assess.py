@@ -19,7 +19,7 @@ from .recipe import EvaluateConfig
 from .report import Results, TaskInfo, to_markdown
 from .run import TrainedRun, encode_all, load_run, open_base
 from .run_folder import RunFolder
-from .usage import routing_usage
+from .usage import routing_usage, usage_data
 
 BASELINE = "baseline"
 RESULTS, MARKDOWN, ROUTING, PREDICTIONS = "results.json", "results.md", "routing.json", "predictions.jsonl"
@@ -190,8 +190,9 @@ def note_routing(run: TrainedRun, tasks: Sequence[EncodedTask], config: Evaluate
     usage = routing_usage(
         run.model, run.tokenizer, tasks, split=config.split, limit=config.limit, batch_size=config.batch_size
     )
-    if usage is not None:
-        write_json(run.folder.path / ROUTING, usage.to_data())
+    hub = hub_of(run.model)
+    if usage is not None and hub is not None:
+        write_json(run.folder.path / ROUTING, usage_data(hub, usage))
 
 
 def _any(scores: Mapping[str, Scores]) -> Scores:

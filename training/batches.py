@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,22 +45,6 @@ class MicroBatch:
         """The same batch, every row of it routed by one blend of tasks (K,)."""
         rows = blend.expand(len(self.tasks), -1)
         return replace(self, inputs={**self.inputs, "routing_tasks": rows})
-
-    def of_task(self, task: int) -> "MicroBatch | None":
-        """The rows of one task; None where there are none."""
-        keep = (self.tasks == task).nonzero().flatten()
-        if not len(keep):
-            return None
-        inputs, labels = {name: tensor[keep] for name, tensor in self.inputs.items()}, self.labels[keep]
-        return MicroBatch(
-            inputs,
-            labels,
-            locate_answers(labels),
-            self.tasks[keep],
-            [self.rows[row] for row in keep.tolist()],
-            torch.where(torch.arange(len(self.token_counts)) == task, self.token_counts, 0),
-            self.share * len(keep) / len(self.tasks),
-        )
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
@@ -122,6 +107,21 @@ class MixtureBatches:
             rows = [(task, example) for example in range(min(count, len(encoded.splits["train"])))]
             for start in range(0, len(rows), self.mixture.batch_size):
                 yield self._build(rows[start : start + self.mixture.batch_size], len(rows))
+
+    def of_each_task(self, step: int) -> Iterator[tuple[int, MicroBatch]]:
+        """This process's share of equally many training examples of every task of the mixture, drawn for a step.
+
+        As many in all as a batch has, or one of each; every micro-batch is of one task, whose number comes with it.
+        """
+        drawn = max(1, self.mixture.batch_size // len(self.tasks))
+        most = max(1, self.mixture.batch_size // (self.processes * self.parts))
+        for task, encoded in enumerate(self.tasks):
+            if self.mixture.shares[task]:
+                size = len(encoded.splits["train"])
+                chosen = np.random.default_rng([self.mixture.seed, step, task]).permutation(size)[:drawn]
+                rows = [(task, int(example)) for example in chosen[self.process :: self.processes]]
+                for start in range(0, len(rows), most):
+                    yield task, self._build(rows[start : start + most], len(chosen))
 
     def _build(self, rows: Sequence[Row], global_rows: int) -> MicroBatch:
         batch = collate([(task, self.tasks[task].splits["train"][example]) for task, example in rows], self.pad_id)

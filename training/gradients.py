@@ -3,56 +3,48 @@
 Shapes: K tasks, P numbers in all expert parameters, R rows (experts) of one parameter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..adapters import LoramuxModel
-from .answer_logits import Objective, task_weights
+from .answer_logits import Objective
 from .batches import MicroBatch
 from .distributed import all_sum
 
 
 def task_gradient_cosines(
-    objective: Objective,
-    hub: LoramuxModel,
-    micro_batches: Sequence[MicroBatch],
-    counts: Tensor,
-    accelerator: Accelerator,
+    objective: Objective, hub: LoramuxModel, batches: Iterable[tuple[int, MicroBatch]], accelerator: Accelerator
 ) -> Tensor:
-    """The cosine between the gradients of each two tasks' mean answer loss, `(K, K)`, in float64.
+    """The cosine between the gradients of each two tasks' answer loss, `(K, K)`, in float64.
 
     It is taken over the experts (rows of their parameters) that both tasks touch: an expert of one task alone would
-    only lengthen one of the two vectors. NaN where there is none, or a task is not in the batch. Training is not
-    disturbed: no gradient is left behind, nothing is counted, and random numbers go on as if nothing had been drawn.
-    It takes K x P numbers of memory, and on several processes every one must call it.
+    only lengthen one of the two vectors. NaN where there is none, or a task has no examples.
+
+    Training is not disturbed: no gradient is left behind, nothing is counted, and random numbers go on as if nothing
+    had been drawn. It takes K x P numbers of memory, and on several processes every one must call it.
 
     Args:
         objective: the loss, not wrapped.
-        micro_batches: this process's share of the batch.
-        counts: (K,) answer tokens of each task in the global batch.
+        batches: this process's share of the examples, each batch with the number of its task.
     """
-    shared = [parameter for _, parameter in hub.parameter_groups()["experts"]]
-    gradients = torch.zeros(len(counts), sum(p.numel() for p in shared), device=accelerator.device)
-    device = accelerator.device
+    shared, device = [parameter for _, parameter in hub.parameter_groups()["experts"]], accelerator.device
+    gradients = torch.zeros(len(hub.tasks), sum(p.numel() for p in shared), device=device)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        for task in counts.nonzero().flatten().tolist() if shared else ():
-            for batch in micro_batches:
-                if (own := batch.of_task(task)) is not None:
-                    gradients[task] += _gradient(objective, shared, own, task_weights(counts, "task"), accelerator)
+        for task, batch in batches if shared else ():
+            gradients[task] += _gradient(objective, shared, batch.to(device), accelerator)
     for router in hub.routers():
         router.take_load()  # what the passes above would have added to the balance
     return _cosines(all_sum(gradients, accelerator), shared)
 
 
 def _gradient(
-    objective: Objective, shared: Sequence[nn.Parameter], batch: MicroBatch, weights: Tensor, accelerator: Accelerator
+    objective: Objective, shared: Sequence[nn.Parameter], batch: MicroBatch, accelerator: Accelerator
 ) -> Tensor:
     """(P,), of one micro-batch, without auxiliary losses; scaled as half-precision gradients are."""
-    token_weights = weights[batch.tasks[batch.answers.rows]].to(accelerator.device)
-    batch = batch.to(accelerator.device)
+    token_weights = torch.full(batch.answers.rows.shape, batch.share / len(batch.rows), device=accelerator.device)
     with accelerator.autocast():
         loss = objective(batch.inputs, batch.labels, batch.answers, token_weights, 0.0).total
     scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0

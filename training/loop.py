@@ -123,11 +123,12 @@ class Trainer:
         micro_batches = self.batches.at(step, experts_only=self.experts_only)
         counts = all_sum(torch.stack([b.token_counts for b in micro_batches]).sum(0), self.accelerator)
         weights = task_weights(counts, span.stage.reduction)
+        blend = None
         if span.stage.preferences is not None:
             blend = draw_preferences(len(counts), span, step, self.config.seed)
             weights, micro_batches = weights * blend * len(blend), [b.blended(blend) for b in micro_batches]
         if self.config.log_gradients is not None and (step + 1) % self.config.log_gradients == 0:
-            self._log_gradients(micro_batches, counts)
+            self._log_gradients(blend)
         losses = [self._backward(b, weights, local=b is not micro_batches[-1]) for b in micro_batches]
         self._note_losses(micro_batches, losses, counts)
         self._clip(span, micro_batches)
@@ -167,9 +168,14 @@ class Trainer:
         self.progress.add(totals[:-1], counts)
         self.last["train/auxiliary_loss"] = float(totals[-1])
 
-    def _log_gradients(self, micro_batches: list[MicroBatch], counts: Tensor) -> None:
-        """Log how well the gradients of the tasks agree on the batch of the step that is about to be made."""
-        found = task_gradient_cosines(self.objective, self.hub, micro_batches, counts, self.accelerator)
+    def _log_gradients(self, blend: Tensor | None) -> None:
+        """Log how well the gradients of the tasks agree before the step that is about to be made.
+
+        They are taken on examples of every task: a batch of examples alike in length has only some of the tasks.
+        """
+        drawn = self.batches.of_each_task(self.progress.step)
+        batches = ((task, batch if blend is None else batch.blended(blend)) for task, batch in drawn)
+        found = task_gradient_cosines(self.objective, self.hub, batches, self.accelerator)
         pairs = found[torch.triu(torch.ones_like(found), diagonal=1) > 0]
         cosines = [[value if math.isfinite(value) else None for value in row] for row in found.tolist()]
         if self.accelerator.is_main_process:

@@ -28,8 +28,8 @@ _FIXED = {
     "hydralora": "#e69f00",
 }
 _SPARE = ("#56b4e9", "#8c6d00", "#7b52ab", "#00767a", "#a8324a")
-_INK = "#333333"
-_MOST_LEGIBLE = 12
+INK = "#333333"
+MOST_LEGIBLE = 12
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -82,19 +82,19 @@ def plot_bars(
                 heights[:-1],
                 whiskers,
                 fmt="none",
-                ecolor=_INK,
+                ecolor=INK,
                 elinewidth=0.9,
                 capsize=2,
                 zorder=3,
             )
     axes.axvline(len(tasks) - 0.25, color="#cccccc", linewidth=1)
-    axes.set_xticks(places, [*tasks, "mean"], rotation=30 if len(tasks) > _MOST_LEGIBLE else 0)
+    axes.set_xticks(places, [*tasks, "mean"], rotation=30 if len(tasks) > MOST_LEGIBLE else 0)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=max(100, axes.get_ylim()[1]))
     axes.set_ylabel("main metric, %")
-    _finish(axes, title)
+    finish(axes, title)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(values), frameon=False, fontsize=9, borderpad=0)
-    axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=26)
-    _save(figure, path)
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=26)
+    save(figure, path)
 
 
 def plot_curves(curves: Curves, tasks: Sequence[str], path: Path, *, title: str) -> None:
@@ -117,15 +117,15 @@ def plot_curves(curves: Curves, tasks: Sequence[str], path: Path, *, title: str)
         axes.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(which="both", labelsize=8)
-        _finish(axes, name)
+        finish(axes, name)
     for axes in grid[len(keys) :]:
         axes.set_visible(False)
     for axes in grid[max(0, len(keys) - columns) : len(keys)]:
         axes.set_xlabel("step", fontsize=9)
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=max(1, len(labels)), frameon=False, fontsize=9)
-    figure.suptitle(f"{title}: training loss, nats per answer token", x=0.01, ha="left", fontsize=12, color=_INK)
-    _save(figure, path)
+    figure.suptitle(f"{title}: training loss, nats per answer token", x=0.01, ha="left", fontsize=12, color=INK)
+    save(figure, path)
 
 
 def plot_usage(usage: Mapping[str, Any], folder: Path, *, title: str) -> list[Path]:
@@ -135,7 +135,7 @@ def plot_usage(usage: Mapping[str, Any], folder: Path, *, title: str) -> list[Pa
     experts each one keeps busy, and one picture per decoder layer with the task x expert heatmaps of its linears.
 
     Args:
-        usage: `RoutingStatistics.to_data()`.
+        usage: what `usage_data` gives.
 
     Returns:
         The pictures, the overview first.
@@ -143,19 +143,19 @@ def plot_usage(usage: Mapping[str, Any], folder: Path, *, title: str) -> list[Pa
     layers: dict[str, Any] = usage["layers"]
     groups: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
-        block, module = _place(name)
+        block, module = place_of(name)
         groups.setdefault(block, {})[module] = layer
     overview = folder / "routing.png"
     if len(groups) == len(layers):
         maps = {block: np.array(layer["usage"]) for block, modules in groups.items() for layer in modules.values()}
-        _plot_heatmaps(maps, usage["tasks"], overview, title=f"{title}: share of each expert, by task")
+        _plot_heatmaps(maps, usage, overview, title=f"{title}: share of each expert, by task")
         return [overview]
     _plot_effective_experts(groups, overview, title=title)
     pictures = [overview]
     for block, modules in groups.items():
         pictures.append(folder / "routing" / f"{block.replace(' ', '-')}.png")
         maps = {module: np.array(layer["usage"]) for module, layer in modules.items()}
-        _plot_heatmaps(maps, usage["tasks"], pictures[-1], title=f"{title}, {block}: share of each expert, by task")
+        _plot_heatmaps(maps, usage, pictures[-1], title=f"{title}, {block}: share of each expert, by task")
     return pictures
 
 
@@ -177,11 +177,12 @@ def _plot_effective_experts(groups: Mapping[str, Mapping[str, Any]], path: Path,
     axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.suptitle(f"{title}: effective experts of {most}, by router", x=0.01, ha="left", fontsize=12, color=_INK)
-    _save(figure, path)
+    figure.suptitle(f"{title}: effective experts of {most}, by router", x=0.01, ha="left", fontsize=12, color=INK)
+    save(figure, path)
 
 
-def _plot_heatmaps(maps: Mapping[str, np.ndarray], tasks: Sequence[str], path: Path, *, title: str) -> None:
+def _plot_heatmaps(maps: Mapping[str, np.ndarray], usage: Mapping[str, Any], path: Path, *, title: str) -> None:
+    tasks, names = usage["tasks"], usage.get("experts", usage["tasks"])
     experts = max(shares.shape[1] for shares in maps.values())
     columns = 1 if len(maps) == 1 else 2 if experts > 16 else min(4, len(maps))
     rows = math.ceil(len(maps) / columns)
@@ -192,9 +193,9 @@ def _plot_heatmaps(maps: Mapping[str, np.ndarray], tasks: Sequence[str], path: P
     top = max(float(shares.max()) for shares in maps.values())
     for axes, (name, shares) in zip(grid.flatten(), maps.items(), strict=False):
         image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-        axes.set_title(name, loc="left", fontsize=9, color=_INK)
+        axes.set_title(name, loc="left", fontsize=9, color=INK)
         axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
-        _label_experts(axes, shares, tasks)
+        _label_experts(axes, shares, names)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     for axes in grid.flatten()[len(maps) :]:
@@ -202,25 +203,25 @@ def _plot_heatmaps(maps: Mapping[str, np.ndarray], tasks: Sequence[str], path: P
     bar = figure.colorbar(image, ax=grid, shrink=0.7, pad=0.02, format=lambda share, _: f"{100 * share:.0f} %")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=_INK)
-    _save(figure, path)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    save(figure, path)
 
 
-def _label_experts(axes: Axes, shares: np.ndarray, tasks: Sequence[str]) -> None:
-    """Experts by number; by task name where there is one for each task; figures where they fit."""
+def _label_experts(axes: Axes, shares: np.ndarray, names: Sequence[str] | None) -> None:
+    """Experts by name where they have names, else by number; figures where they fit."""
     experts = shares.shape[1]
-    if experts == len(tasks) and experts <= _MOST_LEGIBLE:
-        axes.set_xticks(range(experts), tasks, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
+    if names is not None and experts == len(names) <= MOST_LEGIBLE:
+        axes.set_xticks(range(experts), names, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
         for (row, column), share in np.ndenumerate(shares):
             if share >= 0.005:
                 shade = "black" if share > 0.5 * shares.max() else "white"
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=shade)
     else:
-        step = 1 if experts <= _MOST_LEGIBLE else 8
+        step = 1 if experts <= MOST_LEGIBLE else 8
         axes.set_xticks(range(0, experts, step), [str(i + 1) for i in range(0, experts, step)], fontsize=8)
 
 
-def _place(name: str) -> tuple[str, str]:
+def place_of(name: str) -> tuple[str, str]:
     """The decoder layer and the linear: `model.layers.3.mlp.up_proj` is `mlp.up_proj` of `layer 3`."""
     match = re.search(r"\.(\d+)\.(.+)$", name)
     return (f"layer {match[1]}", match[2]) if match else (name, name)
@@ -232,15 +233,15 @@ def _grid_for(pictures: int) -> tuple[int, int]:
     return math.ceil(pictures / columns), columns
 
 
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+def finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
-    axes.tick_params(colors=_INK, length=0)
+    axes.tick_params(colors=INK, length=0)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor="white")

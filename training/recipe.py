@@ -71,7 +71,7 @@ class TrainConfig:
     """Stop after this many evaluations in a row without a better mean metric."""
     log_every: int = 10
     log_gradients: int | None = None
-    """Steps between looks at how well the tasks' gradients agree; each costs about as much as a step. None: never."""
+    """Steps between looks at how well the tasks' gradients agree, each at the cost of a step; None: never."""
     trackers: tuple[str, ...] = ()
     """Accelerate's names: tensorboard, wandb, mlflow, ..."""
     seed: int = 0

@@ -1,11 +1,13 @@
 """Who is used by whom once a model is trained: task x expert routing over the examples of a split."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..adapters import LoramuxModel, method_config, numbered_tasks
 from ..routing import Granularity, LayerUsage, RoutingStatistics
 from ..tasks import EncodedTask
 from .answers import right_padded
@@ -36,13 +38,25 @@ def routing_usage(
             rows = questions(task, split, limit)
             with hub.collect_statistics() as own:
                 for start in range(0, len(rows), batch_size):
-                    _read(model, tokenizer, rows[start : start + batch_size], task.name, routing)
+                    read(model, tokenizer, rows[start : start + batch_size], task.name, routing)
             for name, layer in own.layers.items():
                 _add(usage, name, row, layer)
     return usage
 
 
-def _read(
+def usage_data(hub: LoramuxModel, usage: RoutingStatistics) -> dict[str, Any]:
+    """Plain data of usage for JSON, with the names of experts where they have some."""
+    return {**usage.to_data(), "experts": expert_names(hub)}
+
+
+def expert_names(hub: LoramuxModel) -> list[str] | None:
+    """The tasks of the experts, where a method has one for each task; None where experts are just numbered."""
+    method = hub.peft_config[hub.active_adapters[0]].method
+    gates = [method_config(method, tasks=numbered_tasks(count)).branches[-1].gates for count in (2, 3)]
+    return list(hub.tasks) if gates == [2, 3] else None
+
+
+def read(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], task: str, routing: Routing
 ) -> None:
     """Run examples through the model once; a router of prompts does not see the answers."""
