@@ -301,7 +301,7 @@ class LoramuxModel(BaseTuner):
         return {int(index): cast(Common, common) for index, common in shared.items()}
 
     def named_routers(self) -> dict[str, Router]:
-        """The routers of the first active adapter, by the names that routing statistics call them."""
+        """The routers of the first active adapter, as routing statistics call them: by layer, block, or for all."""
         adapter = self.active_adapters[0]
         named: dict[str, Router] = {}
         for index, branch in self._shared_branches(adapter):
@@ -309,8 +309,10 @@ class LoramuxModel(BaseTuner):
             places = self._adapted[adapter] if branch.granularity == Granularity.TOKEN else [once]
             named |= {router_name(place, index): self._shared_router(adapter, index) for place in places}
         for layer in self.layers().values():
-            own = {b.index: b.router for b in layer.branches(adapter) if b.router is not None}
-            named |= {router_name(layer.name, index): router for index, router in own.items()}
+            for own in layer.branches(adapter):
+                if own.router is not None:
+                    block = self.blocks[layer.name].name if own.config.through_block else None
+                    named[block or router_name(layer.name, own.index)] = own.router
         return named
 
     # ------------------------------------------------------------------ training

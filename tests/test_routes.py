@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import adapted
+from cases import CASES, a_batch, adapted, task_of_rows
 from tiny_tokenizers import merging
 from training_cases import ANSWERS, make_recipe, write_base, write_tasks
 
-from loramux.routing import RoutingStatistics
+from loramux.routing import Granularity, RoutingStatistics
 from loramux.support.errors import ConfigError
 from loramux.training.assess import encode_tasks
 from loramux.training.evaluate import questions
@@ -152,19 +152,35 @@ def test_experts_are_called_by_tasks_only_where_each_task_has_its_own() -> None:
 # ---------------------------------------------------------------------- what is missing is told
 
 
-def test_layers_without_figures_are_named_with_the_reason() -> None:
-    hub = adapted("smora").base_model
-    hub.layers()["model.layers.0.mlp.up_proj"].branches("default")[0].router = None
-    statistics = RoutingStatistics(hub.tasks)
-    for name in list(hub.named_routers())[1:]:
-        statistics.add(name, torch.ones(1, 2, 16), None, None)
-    assert untracked(hub, statistics) == {
-        "model.layers.0.self_attn.q_proj": "decided nothing on these examples",
-        "model.layers.0.mlp.up_proj": "has no router: all is always on",
-    }
-    chance = adapted("mosa").base_model
-    assert set(untracked(chance, statistics).values()) == {"weights its experts without looking at task or text"}
-    assert len(untracked(chance, RoutingStatistics([]))) == 14
+def test_layers_without_figures_are_named_with_the_reason(places, tmp_path: Path) -> None:
+    """mixlora routes whole feed-forward blocks, and puts a plain LoRA on the rest."""
+    options = "method.options={rank: 2, experts: 3}"
+    run = run_of(places, tmp_path / "run", "method.name=mixlora", options, "train.steps=2")
+    report = report_routes(run, tmp_path / "routes")
+    plain = sorted(f"model.layers.{i}.self_attn.{part}_proj" for i in (0, 1) for part in "qkvo")
+    assert [row[0] for row in report.rows] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    (told,) = [remark for remark in report.remarks if remark.startswith("Not in the table")]
+    assert told.startswith("Not in the table, has no router: all is always on: ")
+    assert sorted(told.removesuffix(".").rpartition(": ")[2].split(", ")) == plain
+    assert untracked(adapted("smora").base_model, RoutingStatistics([])) == dict.fromkeys(
+        adapted("smora").base_model.layers(), "decided nothing on these examples"
+    )
+    chance = untracked(adapted("mosa").base_model, RoutingStatistics([]))
+    assert list(chance.values()) == ["weights its experts without looking at task or text"] * 14
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_routers_have_the_names_that_statistics_use_and_count_every_real_token(method: str) -> None:
+    hub = adapted(method).base_model.eval()
+    batch = a_batch()
+    tasks = {"routing_tasks": task_of_rows()} if hub.needs_task else {}
+    with hub.collect_statistics() as seen, torch.no_grad():
+        hub(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **tasks)
+    routers = hub.named_routers()
+    looking = {name: router.gates for name, router in routers.items() if router.granularity > Granularity.FIXED}
+    assert {name: layer.weights.shape[-1] for name, layer in seen.layers.items()} == looking
+    for name, layer in seen.layers.items():
+        assert layer.tokens.sum() == (4 if name in ("prompt", "model") else 38)  # rows, or forty less two of padding
 
 
 @pytest.mark.parametrize(

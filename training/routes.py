@@ -98,18 +98,15 @@ def task_distances(usage: np.ndarray) -> np.ndarray:
 
 def untracked(hub: LoramuxModel, usage: RoutingStatistics) -> dict[str, str]:
     """The adapted layers and routers that usage says nothing of, and why."""
-    routers = hub.named_routers()
     missing = {}
-    for name, router in routers.items():
+    for name, router in hub.named_routers().items():
         if router.granularity == Granularity.FIXED:
             missing[name] = "weights its experts without looking at task or text"
         elif name not in usage.layers:
             missing[name] = "decided nothing on these examples"
-    routed = {name.partition(" (branch ")[0] for name in routers}
-    if not hub.decides_once:
-        missing |= dict.fromkeys(
-            (name for name in hub.layers() if name not in routed), "has no router: all is always on"
-        )
+    for name, layer in hub.layers().items():
+        if all(branch.config.router is None for branch in layer.branches(hub.active_adapters[0])):
+            missing[name] = "has no router: all is always on"
     return missing
 
 
