@@ -249,9 +249,9 @@ class NoisyStep(Normaliser):
 
 
 def smooth_step(values: Tensor, gamma: float) -> Tensor:
-    """0 below -gamma/2, 1 above gamma/2, a cubic with flat ends between."""
-    t = values.clamp(-gamma / 2, gamma / 2)
-    return -2 / gamma**3 * t**3 + 3 / (2 * gamma) * t + 0.5
+    """0 below -gamma/2, 1 above gamma/2, exactly, and a cubic with flat ends between."""
+    t = (values / gamma).clamp(-0.5, 0.5)
+    return -2 * t**3 + 1.5 * t + 0.5
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
