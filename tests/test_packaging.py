@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "adapters": {"support", "routing"},
     "bases": {"support", "tasks"},
     "training": {"support", "tasks", "routing", "adapters", "bases"},
-    "cli": {"support", "tasks", "routing", "adapters", "bases", "training"},
+    "hub": {"support", "tasks", "routing", "adapters", "bases", "training"},
+    "serving": {"support", "tasks", "routing", "adapters", "bases", "training", "hub"},
+    "cli": {"support", "tasks", "routing", "adapters", "bases", "training", "hub", "serving"},
 }
 FOLDERS = list(MAY_IMPORT)
 
