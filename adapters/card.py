@@ -28,7 +28,7 @@ def write_card(
     if facts.get("recipe"):
         sections.append(f"## How it was trained\n\n```yaml\n{facts['recipe'].strip()}\n```")
     body = "\n\n".join(section for section in sections if section)
-    ModelCard(f"---\n{yaml.safe_dump(_metadata(report, base), sort_keys=False)}---\n\n{body}\n").save(
+    ModelCard(f"---\n{yaml.safe_dump(metadata(report, base), sort_keys=False)}---\n\n{body}\n").save(
         folder / "README.md"
     )
 
@@ -43,7 +43,7 @@ def import_card(method: str, base: str, revision: str | None, experts: Sequence[
     rows = [" | ".join(_code(expert[fact]) for fact in head) for expert in experts]
     table = "\n".join(f"| {row} |" for row in [" | ".join(head), "|".join("---" for _ in head), *rows])
     return f"""---
-{yaml.safe_dump(_metadata({"method": method}, base), sort_keys=False)}---
+{yaml.safe_dump(metadata({"method": method}, base), sort_keys=False)}---
 
 # A mixture of {len(experts)} imported LoRAs
 
@@ -59,14 +59,15 @@ import loramux.adapters  # tells PEFT about this kind of adapter
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{_pin(revision)})
+base = AutoModelForCausalLM.from_pretrained("{base}"{pin(revision)})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 model.generate(**prompt, routing_tasks="{experts[0]["task"]}")
 ```
 """
 
 
-def _metadata(report: Mapping[str, Any], base: str) -> dict[str, Any]:
+def metadata(report: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """What the Hub must know of any adapter of ours; `report` tells the method."""
     return {
         "base_model": base,
         "base_model_relation": "adapter",
@@ -79,7 +80,7 @@ def _metadata(report: Mapping[str, Any], base: str) -> dict[str, Any]:
 def _examples(examples: Any) -> str:
     if not examples:
         return ""
-    rows = "\n".join(f"| {_cell(row['input'])} | {_cell(row['target'])} |" for row in examples)
+    rows = "\n".join(f"| {cell(row['input'])} | {cell(row['target'])} |" for row in examples)
     return f"| input | answer |\n|---|---|\n{rows}"
 
 
@@ -114,20 +115,22 @@ def _loading(base: str, revision: str | None, note: str) -> str:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}"{_pin(revision)})
+base = AutoModelForCausalLM.from_pretrained("{base}"{pin(revision)})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 
 vLLM: `vllm serve {base} --enable-lora --lora-modules NAME=THIS_FOLDER`"""
 
 
-def _pin(revision: str | None) -> str:
+def pin(revision: str | None) -> str:
+    """The argument of `from_pretrained` that fixes the base's commit."""
     return f', revision="{revision}"' if revision else ""
 
 
 def _code(text: str) -> str:
-    return f"`{_cell(text.replace('`', ''))}`" if text else ""
+    return f"`{cell(text.replace('`', ''))}`" if text else ""
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text as the cell of a Markdown table."""
     return " ".join(str(text).replace("|", "\\|").split())

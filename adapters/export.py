@@ -115,7 +115,7 @@ def export_task(
         task_type = hub.peft_config[hub.active_adapters[0]].task_type
         targets = short_names(hub.layers(), hub.model)
         save_lora(staging, factors, base=base, target_modules=targets, task_type=task_type)
-        write_json(staging / REPORT, report.to_data())
+        write_json(staging / REPORT, {**report.to_data(), "card": dict(card or {})})
         write_card(staging, report.to_data(), base.name, base.revision, card or {})
     return report
 

@@ -95,3 +95,20 @@ def tiny_t5(tiny_t5_config: T5Config) -> T5ForConditionalGeneration:
     """A fresh encoder-decoder, the same random weights each time."""
     torch.manual_seed(0)
     return T5ForConditionalGeneration(tiny_t5_config).eval()
+
+
+@pytest.fixture(scope="session")
+def finished_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: three tiny tasks trained, evaluated and exported, on a base that is known as `somebody/tiny-base`.
+
+    Its base lies beside it in `base`, its tasks in `data`.
+    """
+    from training_cases import make_recipe, write_base, write_tasks
+
+    from loramux.training.main_job import train_job
+
+    folder = tmp_path_factory.mktemp("job")
+    base, tasks = write_base(folder / "base"), write_tasks(folder / "data")
+    recipe = make_recipe(base, tasks, "base.known_as=somebody/tiny-base", "train.learning_rate=0.02")
+    train_job(recipe, folder / "run")
+    return folder / "run"

@@ -123,14 +123,14 @@ def rows(results: Results) -> list[list[str]]:
 def show(results: Results) -> None:
     """Print the table, without the names of the metrics."""
     lines = [[line[0], *line[2:]] for line in [header(results), *rows(results)]]
-    show_table(f"{results.title}: {_caption(results)}", lines[0], lines[1:])
+    show_table(f"{results.title}: {caption(results)}", lines[0], lines[1:])
 
 
 def to_markdown(results: Results) -> str:
     """The whole report: what was run, the table, the exports."""
-    parts = [f"# {results.title}", _caption(results) + ".", markdown_table(header(results), rows(results))]
+    parts = [f"# {results.title}", caption(results) + ".", markdown_table(header(results), rows(results))]
     if results.exports:
-        parts += ["## Exports", _EXPORT_NOTE, markdown_table(*_export_table(results))]
+        parts += ["## Exports", EXPORT_NOTE, markdown_table(*export_table(results))]
         parts += [f"Not exported: {reason}" for reason in refusals(results)]
     described = [f"- `{task.name}`: {task.description}" for task in results.tasks if task.description]
     if described:
@@ -176,7 +176,7 @@ def refusals(results: Results) -> list[str]:
     return [str(facts["refused"]) for facts in results.exports.values() if "refused" in facts]
 
 
-_EXPORT_NOTE = (
+EXPORT_NOTE = (
     "Each task as a plain PEFT LoRA. `token KL` is the mean divergence (nats) of its next-token distributions from the "
     "routed model's on held-out answers; `base KL` is that of the base without any adapter, as a scale."
 )
@@ -204,13 +204,15 @@ def _shows_routing(results: Results) -> bool:
     return any(results.routing_accuracy(task) is not None for task in results.tasks)
 
 
-def _caption(results: Results) -> str:
+def caption(results: Results) -> str:
+    """What the figures of the table are."""
     main = results.main_column
     used = f"; gains are of '{COLUMNS[main]}'" if main and _compared(results) else ""
     return f"main metric per task on the {describe_split(results)}, in per cent{used}"
 
 
-def _export_table(results: Results) -> tuple[list[str], list[list[str]]]:
+def export_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """How each task's export was made and what it lost: head and rows."""
     columns = {
         "how": "made",
         "rank": "rank",
