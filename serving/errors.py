@@ -1,0 +1,17 @@
+"""What the server refuses, with a code that programs can rely on."""
+
+from ..support.errors import LoramuxError
+
+
+class ServingError(LoramuxError):
+    """A request that is refused.
+
+    Attributes:
+        code: stable, such as `adapter_not_found`; docs/serving.md lists them.
+        message: what is wrong, with which value, what is allowed, what to do.
+        status: the HTTP status it is answered with.
+    """
+
+    def __init__(self, code: str, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.code, self.message, self.status = code, message, status
