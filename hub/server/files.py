@@ -1,0 +1,166 @@
+"""Files by the hash of their content: what has its name is whole, on the disk, and never changes."""
+
+import hashlib
+import os
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from .errors import HubError
+
+
+class Files:
+    """Content-addressed files in `root/files`; what is still being received is in `root/incoming`."""
+
+    def __init__(self, root: Path) -> None:
+        self._kept, self._incoming = root / "files", root / "incoming"
+        for folder in (self._incoming, *(self._kept / f"{first:02x}" for first in range(256))):
+            folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self._kept)
+
+    def path(self, sha256: str) -> Path:
+        return self._kept / sha256[:2] / sha256
+
+    def size(self, sha256: str) -> int | None:
+        """Bytes of the file, None where there is none."""
+        try:
+            return self.path(sha256).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def receive(self) -> "Incoming":
+        return Incoming(self, self._incoming)
+
+    def open_partial(self, name: str) -> "Partial":
+        return Partial(self, self._incoming / f"{name}.parts")
+
+    def keep(self, received: Path, sha256: str) -> None:
+        """Give a received file, which is on the disk already, its name."""
+        target = self.path(sha256)
+        os.replace(received, target)
+        sync_folder(target.parent)
+
+    def remove(self, sha256: str) -> None:
+        self.path(sha256).unlink(missing_ok=True)
+
+    def all_older_than(self, seconds: float) -> list[str]:
+        """The hashes of files that nobody has touched for so long."""
+        before = time.time() - seconds
+        return [path.name for path in self._kept.glob("??/*") if path.stat().st_mtime < before]
+
+    def touch(self, sha256: str) -> None:
+        os.utime(self.path(sha256))
+
+    def sweep(self, seconds: float = 0.0) -> None:
+        """Remove what was being received when it was given up, that long ago or longer."""
+        before = time.time() - seconds
+        for path in self._incoming.iterdir():
+            if path.stat().st_mtime <= before:
+                path.unlink(missing_ok=True)
+
+
+class Incoming:
+    """A file that is being received: hashed as it grows, and gone after the block unless it was kept."""
+
+    def __init__(self, files: Files, folder: Path) -> None:
+        self._files = files
+        handle, name = tempfile.mkstemp(dir=folder)
+        self._file, self._path = os.fdopen(handle, "wb"), Path(name)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._file.write(data)
+        self.size += len(data)
+
+    def reopen(self) -> BinaryIO:
+        """What was written so far, for reading."""
+        self._file.flush()
+        return self._path.open("rb")
+
+    def move(self, target: Path) -> None:
+        """Give it a name that need not survive a crash."""
+        self._file.flush()
+        os.replace(self._path, target)
+
+    def keep(self, *, sha256: str | None, size: int | None = None) -> str:
+        """File it under its hash.
+
+        Args:
+            sha256, size: what it was announced to be, where it was.
+
+        Returns:
+            the hash.
+
+        Raises:
+            HubError: 400, when it is something else than was announced.
+        """
+        if sha256 not in (None, self.sha256) or size not in (None, self.size):
+            raise wrong_content(sha256, size, self.sha256, self.size)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._files.keep(self._path, self.sha256)
+        return self.sha256
+
+    def __enter__(self) -> "Incoming":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._path.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        except OSError:  # what the full disk did not take is not wanted any more
+            if kind is None:
+                raise
+
+
+class Partial:
+    """A file that arrives in parts, each at its own place."""
+
+    def __init__(self, files: Files, path: Path) -> None:
+        self._files, self._path = files, path
+
+    def write(self, at: int, data: bytes) -> None:
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            view = memoryview(data)
+            while view:
+                written = os.pwrite(handle, view, at)
+                view, at = view[written:], at + written
+        finally:
+            os.close(handle)
+
+    def keep(self, sha256: str, size: int) -> None:
+        """Check the whole and file it under its hash; what is wrong is removed, so that all of it is sent again."""
+        try:
+            with self._path.open("rb") as file:
+                found, length = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            raise HubError(400, "No part of this file was uploaded.") from None
+        if (found, length) != (sha256, size):
+            self._path.unlink()
+            raise wrong_content(sha256, size, found, length)
+        self._files.keep(self._path, sha256)
+
+
+def wrong_content(sha256: str | None, size: int | None, found: str, length: int) -> HubError:
+    announced = " ".join(
+        f"{part}" for part in (sha256 and f"sha256 {sha256}", size is not None and f"{size} bytes") if part
+    )
+    return HubError(400, f"Content does not match: announced {announced}, received sha256 {found}, {length} bytes.")
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,346 @@
+"""What is in a repo: trees of files, commits, branches and tags."""
+
+import hashlib
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from .accounts import Caller
+from .clock import now
+from .database import Database
+from .errors import HubError, repo_not_found
+from .files import Files
+from .metadata import CardError, card_metadata, describe, read_json
+from .names import MAIN, check_path, check_reference
+
+CARD, ADAPTER_CONFIG = "README.md", "adapter_config.json"
+_MAX_READ = 1 << 20  # bytes of a card or a config that the hub itself reads
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a tree: the hash and size of its content, and git's name for it."""
+
+    sha256: str
+    size: int
+    oid: str
+    is_lfs: bool
+
+    @property
+    def etag(self) -> str:
+        """What clients name the file by in their caches."""
+        return self.sha256 if self.is_lfs else self.oid
+
+
+Tree = Mapping[str, Entry]
+
+
+@dataclass(frozen=True)
+class Add:
+    path: str
+    sha256: str
+    is_lfs: bool
+
+
+@dataclass(frozen=True)
+class Delete:
+    path: str
+    is_folder: bool
+
+
+@dataclass(frozen=True)
+class Commit:
+    id: str
+    parent: str | None
+    tree: str
+    title: str
+    message: str
+    author: str
+    date: str
+
+
+def git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def lfs_pointer(sha256: str, size: int) -> bytes:
+    """What git keeps in place of a large file."""
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+
+
+class History:
+    """Commits of all repos; `key` is a repo's number in the database."""
+
+    def __init__(self, database: Database, files: Files) -> None:
+        self._database, self._files = database, files
+        self._read_tree = lru_cache(maxsize=64)(self._load_tree)
+
+    # Contents
+
+    def add_contents(self, contents: Mapping[str, bytes]) -> None:
+        """Keep small files, by their sha256, in the database. They reach the disk before the commit that names them."""
+        rows = [(sha256, data, now()) for sha256, data in contents.items()]
+        with self._database.write(durable=False) as connection:
+            connection.executemany(
+                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET at = excluded.at", rows
+            )
+
+    def content(self, sha256: str) -> bytes | None:
+        """A small file; None where the content is a file on the disk, or nowhere."""
+        with self._database.read() as connection:
+            row = connection.execute("SELECT data FROM contents WHERE sha256 = ?", (sha256,)).fetchone()
+        return row["data"] if row else None
+
+    def record_upload(self, sha256: str, user: str) -> None:
+        """Remember who sent a large file, and so may commit it."""
+        with self._database.write(durable=False) as connection:
+            connection.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?)", (sha256, user, now()))
+
+    def was_sent_by(self, sha256: str, *, user: str) -> bool:
+        """Whether the file is here and this user sent it."""
+        with self._database.read() as connection:
+            sent = connection.execute("SELECT 1 FROM uploads WHERE sha256 = ? AND user = ?", (sha256, user)).fetchone()
+        return sent is not None and self._files.size(sha256) is not None
+
+    def may_use(self, sha256: str, caller: Caller) -> bool:
+        """Whether the caller has the content already: it sent it, or may read a repo that has it.
+
+        To know a hash is not to have the file: naming the hash of a private file must not give its content away.
+        """
+        if self._files.size(sha256) is None:
+            return False
+        if self.was_sent_by(sha256, user=caller.require_user()):
+            return True
+        with self._database.read() as connection:
+            rows = connection.execute(
+                "SELECT private, namespace FROM repo_files JOIN repos ON repo = key WHERE sha256 = ?", (sha256,)
+            )
+            return any(not row["private"] or caller.belongs_to(row["namespace"]) for row in rows)
+
+    # Reading
+
+    def resolve(self, key: int, revision: str) -> str:
+        """The commit a branch, a tag, a full reference or the start of a commit's id stands for.
+
+        Raises:
+            HubError: 404 with the code RevisionNotFound.
+        """
+        with self._database.read() as connection:
+            for name in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
+                row = connection.execute("SELECT target FROM refs WHERE repo = ? AND name = ?", (key, name)).fetchone()
+                if row:
+                    return row["target"]
+            if len(revision) >= 6 and set(revision) <= set("0123456789abcdef"):
+                rows = connection.execute(
+                    "SELECT id FROM commits WHERE repo = ? AND id >= ? AND id < ? LIMIT 2",
+                    (key, revision, revision + "g"),
+                ).fetchall()
+                if len(rows) == 1:
+                    return rows[0]["id"]
+        raise HubError(404, f"Invalid rev id: {revision[:200]}", "RevisionNotFound")
+
+    def commit(self, key: int, commit_id: str) -> Commit:
+        with self._database.read() as connection:
+            row = connection.execute(
+                "SELECT id, parent, tree, title, message, author, date FROM commits WHERE repo = ? AND id = ?",
+                (key, commit_id),
+            ).fetchone()
+        if row is None:
+            raise HubError(404, f"Invalid rev id: {commit_id}", "RevisionNotFound")
+        return Commit(**dict(row))
+
+    def tree(self, key: int, commit_id: str) -> Tree:
+        return self._read_tree(self.commit(key, commit_id).tree)
+
+    def log(self, key: int, commit_id: str, *, skip: int, limit: int) -> list[Commit]:
+        """Commits from `commit_id` back, the newest first."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                "WITH RECURSIVE line(depth, id) AS (SELECT 0, ? UNION ALL SELECT depth + 1, parent FROM line "
+                "JOIN commits USING (id) WHERE repo = ? AND parent IS NOT NULL) "
+                "SELECT id, parent, tree, title, message, author, date FROM line JOIN commits USING (id) "
+                "WHERE repo = ? ORDER BY depth LIMIT ? OFFSET ?",
+                (commit_id, key, key, limit, skip),
+            )
+            return [Commit(**dict(row)) for row in rows]
+
+    def refs(self, key: int) -> dict[str, str]:
+        with self._database.read() as connection:
+            rows = connection.execute("SELECT name, target FROM refs WHERE repo = ? ORDER BY name", (key,))
+            return {row["name"]: row["target"] for row in rows}
+
+    def text(self, entry: Entry | None) -> str | None:
+        """A file as text, for the hub's own use; None where it is missing or too large to be meant for that."""
+        data = self._bytes(entry)
+        return None if data is None else data.decode("utf-8", "replace")
+
+    def _bytes(self, entry: Entry | None) -> bytes | None:
+        if entry is None or entry.size > _MAX_READ:
+            return None
+        data = self.content(entry.sha256)
+        return data if data is not None else self._files.path(entry.sha256).read_bytes()
+
+    # Writing
+
+    def start(self, key: int, author: str) -> str:
+        """The empty first commit of a new repo."""
+        with self._database.write():
+            commit = self._record(key, None, {}, "initial commit", "", author)
+            self._point(key, MAIN, commit, {})
+        return commit
+
+    def apply(
+        self,
+        key: int,
+        branch: str,
+        changes: Iterable[Add | Delete],
+        *,
+        caller: Caller,
+        title: str,
+        message: str = "",
+        parent: str | None = None,
+    ) -> str:
+        """Make one commit of all changes, or none.
+
+        Args:
+            parent: the commit the changes were made for; any, where it is None.
+
+        Returns:
+            the new commit.
+
+        Raises:
+            HubError: 412, `parent` is not the newest commit any more; 422, a file was not uploaded; 404, there is no
+                such branch, or no such file to delete; 400, paths that no tree can have.
+        """
+        reference = branch if branch.startswith("refs/") else f"refs/heads/{branch}"
+        with self._database.write() as connection:
+            if not connection.execute("SELECT 1 FROM repos WHERE key = ?", (key,)).fetchone():
+                raise repo_not_found(key)
+            head = self.refs(key).get(reference)
+            if head is None or not reference.startswith("refs/heads/"):
+                raise HubError(404, f"There is no branch {branch[:200]!r} to commit to.", "RevisionNotFound")
+            if parent is not None and parent != head:
+                raise HubError(412, f"A commit has happened since {parent[:40]}: the branch is at {head} now.")
+            tree = dict(self.tree(key, head))
+            for change in changes:
+                self._change(tree, change, caller)
+            _refuse_files_that_are_folders(tree)
+            author = caller.require_user()
+            commit = self._record(key, head, tree, title, message, author)
+            self._point(key, reference, commit, tree)
+        return commit
+
+    def squash(self, key: int, branch: str, title: str, author: str) -> None:
+        """Forget how a branch came about: one commit holds all its files."""
+        reference = check_reference(f"refs/heads/{branch}")
+        with self._database.write():
+            tree = self.tree(key, self.resolve(key, reference))
+            self._point(key, reference, self._record(key, None, tree, title, "", author), tree)
+
+    def add_ref(self, key: int, reference: str, revision: str) -> None:
+        check_reference(reference)
+        with self._database.write() as connection:
+            target = self.resolve(key, revision)
+            try:
+                connection.execute("INSERT INTO refs VALUES (?, ?, ?)", (key, reference, target))
+            except sqlite3.IntegrityError:
+                raise HubError(409, f"Reference {reference} already exists.") from None
+
+    def remove_ref(self, key: int, reference: str) -> None:
+        check_reference(reference)
+        if reference == MAIN:
+            raise HubError(400, "The branch 'main' cannot be deleted: every repo has it.")
+        with self._database.write() as connection:
+            if not connection.execute("DELETE FROM refs WHERE repo = ? AND name = ?", (key, reference)).rowcount:
+                raise HubError(404, f"Reference {reference} does not exist.", "RevisionNotFound")
+
+    def _change(self, tree: dict[str, Entry], change: Add | Delete, caller: Caller) -> None:
+        path = check_path(change.path.rstrip("/"))
+        if isinstance(change, Add):
+            tree[path] = self._entry(change, caller)
+        elif change.is_folder:
+            gone = [name for name in tree if name.startswith(f"{path}/")]
+            if not gone:
+                raise HubError(404, f"There is no folder {path!r} to delete.", "EntryNotFound")
+            for name in gone:
+                del tree[name]
+        elif tree.pop(path, None) is None:
+            raise HubError(404, f"There is no file {path!r} to delete.", "EntryNotFound")
+
+    def _entry(self, add: Add, caller: Caller) -> Entry:
+        if add.is_lfs:
+            size = self._files.size(add.sha256)
+            if size is None or not self.may_use(add.sha256, caller):
+                raise HubError(422, f"The content of {add.path!r}, sha256 {add.sha256}, was not uploaded.")
+            return Entry(add.sha256, size, git_oid(lfs_pointer(add.sha256, size)), is_lfs=True)
+        data = self.content(add.sha256)
+        if data is None:
+            raise HubError(422, f"The content of {add.path!r}, sha256 {add.sha256}, was not uploaded.")
+        return Entry(add.sha256, len(data), git_oid(data), is_lfs=False)
+
+    def _record(self, key: int, parent: str | None, tree: Tree, title: str, message: str, author: str) -> str:
+        rows = [[path, *vars(entry).values()] for path, entry in sorted(tree.items())]
+        entries = json.dumps(rows, separators=(",", ":")).encode()
+        digest, date = hashlib.sha256(entries).hexdigest(), now()
+        identity = json.dumps([key, parent, digest, title, message, author, date]).encode()
+        commit = hashlib.sha1(identity, usedforsecurity=False).hexdigest()
+        with self._database.write() as connection:
+            connection.execute("INSERT OR IGNORE INTO trees VALUES (?, ?)", (digest, zlib.compress(entries)))
+            connection.execute(
+                "INSERT OR IGNORE INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, commit, parent, digest, title[:1000], message, author, date),
+            )
+            connection.executemany(
+                "INSERT OR IGNORE INTO repo_files VALUES (?, ?)", [(entry.sha256, key) for entry in tree.values()]
+            )
+        return commit
+
+    def _load_tree(self, digest: str) -> Tree:
+        with self._database.read() as connection:
+            row = connection.execute("SELECT entries FROM trees WHERE digest = ?", (digest,)).fetchone()
+        return {path: Entry(*fields) for path, *fields in json.loads(zlib.decompress(row["entries"]))}
+
+    def _point(self, key: int, reference: str, commit: str, tree: Tree) -> None:
+        with self._database.write() as connection:
+            connection.execute(
+                "INSERT INTO refs VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET target = excluded.target",
+                (key, reference, commit),
+            )
+            if reference == MAIN:
+                self._describe(connection, key, commit, tree)
+
+    def _describe(self, connection: sqlite3.Connection, key: int, commit: str, tree: Tree) -> None:
+        """Write down what listings show, so that they need not open any file."""
+        try:
+            card: dict[str, Any] = card_metadata(self.text(tree.get(CARD)) or "")
+        except CardError:
+            card = {}
+        configs = (entry for path, entry in sorted(tree.items()) if path.rsplit("/", 1)[-1] == ADAPTER_CONFIG)
+        config = self._bytes(next(configs, None))
+        tags, facts = describe(tree, card, None if config is None else read_json(config) or {})
+        connection.execute(
+            "UPDATE repos SET head = ?, modified = ?, tags = ?, facts = ?, card = ?, paths = ? WHERE key = ?",
+            (commit, now(), json.dumps(tags), json.dumps(facts), json.dumps(card or None), json.dumps([*tree]), key),
+        )
+        connection.execute("DELETE FROM repo_tags WHERE repo = ?", (key,))
+        connection.executemany(
+            "INSERT INTO repo_tags VALUES (?, ?)", [(tag, key) for tag in {tag.lower() for tag in tags}]
+        )
+
+
+def _refuse_files_that_are_folders(tree: Tree) -> None:
+    folders = {folder for path in tree for folder in folders_of(path)}
+    if both := sorted(folders & tree.keys()):
+        raise HubError(400, f"{both[0]!r} would be a file and a folder: delete one of them first.")
+
+
+def folders_of(path: str) -> Iterator[str]:
+    """Every folder a path lies in, the outermost first."""
+    at = path.find("/")
+    while at != -1:
+        yield path[:at]
+        at = path.find("/", at + 1)
