@@ -33,7 +33,7 @@ from .registry import (
     numbered_tasks,
     register_method,
 )
-from .sizing import Linear, adapted_linears, adapter_parameters, count_parameters, matched_lora_rank
+from .sizing import Linear, adapted_linears, adapter_parameters, check_ranks, count_parameters, matched_lora_rank
 
 __all__ = [
     "RANK_CLASSES",
@@ -71,6 +71,7 @@ __all__ = [
     "Trained",
     "adapted_linears",
     "adapter_parameters",
+    "check_ranks",
     "count_parameters",
     "even_blend",
     "exact_factors",

@@ -88,6 +88,15 @@ class BranchConfig:
     def granularity(self) -> Granularity:
         return Granularity.FIXED if self.router is None else self.router.scorer.granularity
 
+    def check_rank(self, in_features: int, out_features: int) -> None:
+        """Raise ValueError when an expert has a higher rank than any weight of a linear of these sizes."""
+        rank, largest = self.mixing.expert_rank(self.bank), min(in_features, out_features)
+        if rank > largest:
+            raise ValueError(
+                f"experts of rank {rank} are more than a linear of {in_features} x {out_features} can hold, which is "
+                f"{largest}; lower the rank, leave such linears out of target_modules, or allow it (excess_rank: true)"
+            )
+
 
 class Branch(nn.Module):
     """The modules of one branch at one linear; its router too, unless that is shared by the whole model.

@@ -52,6 +52,10 @@ class CoreConfig(Protocol):
         """
         ...
 
+    def expert_rank(self, bank: BankConfig) -> int:
+        """The rank of what one weight of the router acts on."""
+        ...
+
     def build(self, bank: BankConfig, tasks: int) -> Core: ...
 
     def check_features(self, in_features: int, out_features: int) -> None:
@@ -69,6 +73,9 @@ class _AnyCore:
     @property
     def needs_task(self) -> bool:
         return False
+
+    def expert_rank(self, bank: BankConfig) -> int:
+        return bank.rank
 
     def check_features(self, in_features: int, out_features: int) -> None:
         pass
@@ -90,7 +97,10 @@ class OutputMix(_AnyCore):
             raise ValueError("experts that share A are mixed by HeadMix")
         if self.block_size is not None and (self.block_size < 1 or total % self.block_size):
             raise ValueError(f"block_size (={self.block_size}) must divide the total rank (={total})")
-        return total // (self.block_size or bank.rank)
+        return total // self.expert_rank(bank)
+
+    def expert_rank(self, bank: BankConfig) -> int:
+        return self.block_size or bank.rank
 
     def build(self, bank: BankConfig, tasks: int) -> Core:
         return _OutputMix(self.num_gates(bank))

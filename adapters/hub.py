@@ -79,6 +79,7 @@ class LoramuxModel(BaseTuner):
         self._check_name(adapter_name)
         config = self.peft_config[adapter_name]
         self._methods[adapter_name] = config.build()
+        self._check_tasks_are_named(config, self._methods[adapter_name])
         self._check_hub_is_called(config, self._methods[adapter_name])
         with self._blocks_laid_open():  # so that PEFT finds and saves modules by the names they have in the base
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -684,6 +685,8 @@ class LoramuxModel(BaseTuner):
         """Build the branches of a layer; the first of the linears in a block holds the block's router."""
         config, method, block = self.peft_config[adapter], self._methods[adapter], self.blocks.get(layer.name)
         branches = method.at(self.depth_of(layer.name), in_block=block is not None)
+        if not (config.excess_rank or config.inference_mode):
+            layer.check_ranks(branches)
         width = None
         if block is not None and method.in_blocks:
             holds_router = self._routed_at.setdefault((adapter, block), layer.name) == layer.name
@@ -703,6 +706,14 @@ class LoramuxModel(BaseTuner):
                 if any(branch.config.through_block for adapter in self._methods for branch in layer.branches(adapter))
             ]
             wrap_blocks(self.model, dict.fromkeys(routed), self.context)
+
+    def _check_tasks_are_named(self, config: LoramuxConfig, method: MethodConfig) -> None:
+        by_task = any(stage.route == "task" for stage in method.stages) or any(b.needs_task for b in method.everywhere)
+        if not config.tasks and (by_task or method.granularity == Granularity.SEQUENCE):
+            raise AdapterError(
+                f"method {config.method!r} tells tasks apart and none is named: LoramuxConfig(tasks=['one', 'other']), "
+                "or in a recipe the file that holds them (tasks: tasks.yaml)"
+            )
 
     def _check_hub_is_called(self, config: LoramuxConfig, method: MethodConfig) -> None:
         first = [b for b in method.branches if b.is_shared and b.granularity == Granularity.TOKEN]

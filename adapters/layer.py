@@ -1,6 +1,7 @@
 """One adapted linear: the frozen layer plus the branches of the active adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,19 +58,23 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
             AdapterError: when a branch cannot serve a linear of these sizes.
         """
         before = self.branches(adapter)
-        try:
+        with self._named_in_errors():
             self.loramux_branches[adapter] = nn.ModuleList(
                 Branch(branch, self.in_features, self.out_features, tasks, index, block_width)
                 for index, branch in enumerate(branches)
             )
-        except ValueError as error:
-            raise AdapterError(f"{self.name}: {error}") from None
         for old, new in zip(before, self.branches(adapter), strict=False):
             new.take_over(old)
         self._move_adapter_to_device_of_base_layer(adapter)
         for buffer in self.loramux_branches[adapter].buffers():
             buffer.data = buffer.data.float()  # a half-precision selection bias would lose its small steps
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def check_ranks(self, branches: Iterable[BranchConfig]) -> None:
+        """Raise AdapterError when experts have a higher rank than this layer can hold."""
+        with self._named_in_errors():
+            for branch in branches:
+                branch.check_rank(self.in_features, self.out_features)
 
     def branches(self, adapter: str) -> list[Branch]:
         """The branches of `adapter` here; empty when it does not adapt this layer."""
@@ -130,6 +135,13 @@ class LoramuxLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             self.merged_adapters.pop()
             base.weight.data = base.weight - self._oriented(self._merged_factors.pop().delta()).to(base.weight.dtype)
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise AdapterError(f"{self.name}: {error}") from None
 
     def _oriented(self, delta: Tensor) -> Tensor:
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta

@@ -48,12 +48,15 @@ class LoramuxConfig(PeftConfig):
         options: the method's options; missing ones take the paper's defaults and are filled in, so that a saved
             adapter does not change when a default does.
         tasks: task names in the order of the router's rows and, where experts belong to tasks, of the experts.
+        excess_rank: whether experts may have a higher rank than a linear they adapt can hold. It adds nothing to what
+            they can learn; a plain LoRA as large as a method of many experts may need it.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in LoraConfig.
     """
 
     method: str = "lora"
     options: dict[str, Any] = field(default_factory=dict)
     tasks: list[str] = field(default_factory=list)
+    excess_rank: bool = False
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None

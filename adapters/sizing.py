@@ -27,6 +27,13 @@ class Linear:
     block: Block | None = None
 
 
+def check_ranks(method: MethodConfig, linears: Iterable[Linear]) -> None:
+    """Raise ValueError when experts have a higher rank than a linear they adapt can hold; the narrowest is named."""
+    for linear in sorted(linears, key=lambda linear: min(linear.in_features, linear.out_features)):
+        for branch in method.at(linear.depth, in_block=linear.block is not None):
+            branch.check_rank(linear.in_features, linear.out_features)
+
+
 def count_parameters(method: MethodConfig, linears: Iterable[Linear], *, tasks: int, hidden_size: int) -> int:
     """Trainable parameters of a method on such linears, counted on modules without memory.
 

@@ -167,6 +167,10 @@ def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (["train", "--set", "train.stesp=3"], "train.stesp: unknown key; did you mean 'steps'?"),
         (["train", "--set", "method.name=smroa", "--to", "{tmp}/x"], "unknown method 'smroa'; did you mean 'smora'?"),
+        (
+            ["train", "--set", "method.options={rank: 100}", "--to", "{tmp}/w"],
+            "rank 100 are more than a linear of 128 x",
+        ),
         (["train", "--set", "tasks=nowhere.yaml", "--to", "{tmp}/y"], "nowhere.yaml: no such"),
         (["train", "no_such.yaml"], "no_such.yaml: no such file"),
         (["train", "--resume"], "--resume: say which run with --to RUN"),

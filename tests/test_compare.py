@@ -13,6 +13,7 @@ from loramux.bases import load_base
 from loramux.support.errors import ConfigError, RunError
 from loramux.training.compare import compare_methods, make_plan
 from loramux.training.comparison import Comparison, draw_comparison, spread, summary_table, task_table
+from loramux.training.main_job import matched_lora_recipe
 from loramux.training.recipe import BaselineConfig, Recipe, load_recipe
 from loramux.training.run import build_model
 
@@ -59,6 +60,18 @@ def test_methods_of_nearly_one_size_share_a_plain_lora() -> None:
         "poly": "lora r32",
     }
     assert set(by_label) == {*options, "lora r64", "lora r32"}
+
+
+def test_nobody_chose_the_rank_of_a_matched_lora_so_it_may_be_more_than_a_linear_can_hold(recipe: Recipe) -> None:
+    options = {"moa": {"rank": 8}}
+    made = make_plan(recipe, methods=["moa"], seeds=[0], learning_rates=[], options=options)
+    assert [contender.label for contender in made.contenders] == ["lora r24", "moa"]
+    base, _ = load_base(recipe.base.model)
+    model = build_model(base, matched_lora_recipe(recipe, 24), ["colour", "sound", "home"])
+    assert adapter_parameters(model.base_model) == made.contenders[0].parameters
+    allowed = replace(recipe, method=replace(recipe.method, excess_rank=True))
+    made = make_plan(allowed, methods=["moa"], seeds=[0], learning_rates=[], options={"moa": {"rank": 17}})
+    assert [contender.label for contender in made.contenders] == ["lora r51", "moa"]
 
 
 def test_plain_loras_take_the_baselines_own_rate_unless_rates_are_tried(recipe: Recipe) -> None:
@@ -108,6 +121,8 @@ def test_sizes_are_those_of_the_built_model(recipe: Recipe) -> None:
         ({"options": {"moa": {"rnak": 2}}}, "unknown option 'rnak'; did you mean 'rank'?"),
         ({"methods": ["lora"], "options": {"lora": {"alhpa": 2}}}, "'lora': unknown option 'alhpa'; did you mean 'alp"),
         ({"methods": ["lora"], "options": {"lora": {"rank": 0}}}, "method 'lora': rank: .*greater than 0"),
+        ({"options": {"moa": {"rank": 17}}}, "method 'moa': experts of rank 17 are more than a linear of 32 x 16 can"),
+        ({"methods": ["lora"], "options": {"lora": {"rank": 17}}}, "method 'lora': experts of rank 17 are more than"),
         ({"seeds": [0, -1]}, r"seeds: seed \(=-1\) must be in \[0, 2\*\*32\)"),
         ({"learning_rates": [0.1, 0.0]}, r"learning rates: learning_rate \(=0.0\) must be above 0 and finite"),
         ({"learning_rates": [-0.1]}, r"learning_rate \(=-0.1\) must be above 0 and finite"),

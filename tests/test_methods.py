@@ -26,6 +26,7 @@ from loramux.adapters import (
     Linear,
     LoramuxConfig,
     adapted_linears,
+    check_ranks,
     count_parameters,
     exact_factors,
     find_method,
@@ -52,6 +53,37 @@ def test_every_registered_method_has_a_row_in_the_suite():
 def test_before_training_the_adapted_model_is_the_base(method):
     ours, base = logits(adapted(method).eval(), routing_tasks=task_of_rows()), logits(tiny_llama())
     torch.testing.assert_close(ours, base, rtol=0, atol=1e-6 if method in MIXES_THE_BASE else 0)
+
+
+TELLS_NO_TASKS_APART = {
+    *("comol", "hydralora", "lora", "loramoe", "loretta", "mixlora", "mola", "molora", "mosa", "multilora", "smora"),
+    "tlora",
+}
+
+
+@every_method
+def test_a_method_that_tells_tasks_apart_wants_their_names(method):
+    if method in TELLS_NO_TASKS_APART:
+        assert logits(adapted(method, ONE_EXPERT[method], tasks=[])).isfinite().all()
+        return
+    message = rf"method '{method}' tells tasks apart and none is named: .*tasks=\['one', 'other'\].*tasks: tasks.yaml"
+    with pytest.raises(AdapterError, match=message):
+        adapted(method, {}, tasks=[])
+
+
+RANK_20 = {"smora": {"rank": 40, "top_k": 20, "block_size": 20}, "mosa": {"rank": 40, "modules": 2}}
+
+
+@every_method
+def test_a_rank_above_what_a_linear_can_hold_is_refused_unless_it_is_allowed(method):
+    options = {**CASES[method], **RANK_20.get(method, {"rank": 20})}
+    refusal = r"layers.0.self_attn.k_proj: experts of rank 20 are more than a linear of 32 x 16 can hold, which is 16; "
+    with pytest.raises(AdapterError, match=refusal + r"lower the rank, .* or allow it \(excess_rank: true\)"):
+        adapted(method, options)
+    linears = adapted_linears(adapted("lora").base_model)
+    with pytest.raises(ValueError, match="experts of rank 20 are more than a linear of 32 x 16 can hold"):
+        check_ranks(method_config(method, tasks=TASKS, options=options), linears)
+    assert logits(adapted(method, options, excess_rank=True), routing_tasks=task_of_rows()).isfinite().all()
 
 
 @every_method

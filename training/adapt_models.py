@@ -63,7 +63,7 @@ def plain_lora(run: TrainedRun, way: Way, task: str, rank: int, seed: int) -> Le
     """
     factors = even_blend(hub_in(run.model)) if way.start == "even" else {}
     rank = max((pair.rank for pair in factors.values()), default=rank)
-    method = MethodChoice(name="lora", options={"rank": rank}, target_modules=run.recipe.method.target_modules)
+    method = run.recipe.method.lora(rank)
     recipe = replace(run.recipe, method=method, train=replace(run.recipe.train, seed=seed, start_from=None))
     model = build_model(run.model.unload(), recipe, [task])
     hub = hub_in(model)

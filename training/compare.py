@@ -17,7 +17,7 @@ from .comparison import COMPARISON, Chosen, Comparison, Contender, draw_comparis
 from .evaluate import Scores
 from .loop import SCORE
 from .main_job import evaluate_job
-from .recipe import BaselineConfig, EvaluateConfig, MethodChoice, Recipe, TrainConfig
+from .recipe import BaselineConfig, EvaluateConfig, Recipe, TrainConfig
 from .run import load_run, train_run
 from .run_folder import RunFolder
 from .schedule import StageSpan, stage_spans
@@ -94,7 +94,7 @@ def make_plan(
     sizes = _Sizes(recipe)
     routed, plain = sizes.matched([sizes.contender(name, chosen[name]) for name in methods if name != "lora"])
     if "lora" in methods and (chosen["lora"] or not routed):
-        plain.append(sizes.lora(chosen["lora"]))
+        plain.append(sizes.lora(chosen["lora"], excess_rank=recipe.method.excess_rank))
     loras = {contender.label: contender for contender in sorted(plain, key=lambda lora: lora.matched_rank)}
     contenders = (*loras.values(), *routed)
     rates = {contender.label: tuple(learning_rates) or (_own_rate(recipe, contender),) for contender in contenders}
@@ -123,10 +123,10 @@ class _Sizes:
 
     def __init__(self, recipe: Recipe) -> None:
         self.shapes = shapes_of(recipe.base, recipe.method.target_modules)
-        self.tasks = _task_names(recipe)
+        self.tasks, self.excess_rank = _task_names(recipe), recipe.method.excess_rank
 
     def contender(self, method: str, options: Mapping[str, Any]) -> Contender:
-        parameters = self.shapes.count(method, options, self.tasks)
+        parameters = self.shapes.count(method, options, self.tasks, excess_rank=self.excess_rank)
         return Contender(method, method, dict(options), parameters, self.shapes.matched_rank(parameters), None)
 
     def matched(self, contenders: Sequence[Contender]) -> tuple[list[Contender], list[Contender]]:
@@ -140,9 +140,9 @@ class _Sizes:
         used = [lora for lora in loras if lora.label in partner.values()]
         return [replace(one, matched=partner[one.label]) for one in contenders], used
 
-    def lora(self, options: Mapping[str, Any]) -> Contender:
+    def lora(self, options: Mapping[str, Any], *, excess_rank: bool = True) -> Contender:
         """A plain LoRA; what else than its rank differs from the default is part of its label."""
-        parameters = self.shapes.count("lora", options, self.tasks)
+        parameters = self.shapes.count("lora", options, self.tasks, excess_rank=excess_rank)
         rank = self.shapes.matched_rank(parameters)
         usual, given = find_method("lora").options(), sorted(options.items())
         special = {key: value for key, value in given if key != "rank" and value != usual[key]}
@@ -211,10 +211,11 @@ class _Comparing:
     def _recipe(self, contender: Contender, rate: float, seed: int) -> Recipe:
         return replace(
             self.recipe,
-            method=MethodChoice(
+            method=replace(
+                self.recipe.method,
                 name=contender.method,
                 options=contender.options,
-                target_modules=self.recipe.method.target_modules,
+                excess_rank=self.recipe.method.excess_rank or contender.matched is None,
             ),
             train=replace(self.recipe.train, learning_rate=rate, seed=seed),
             baseline=BaselineConfig(enabled=False),

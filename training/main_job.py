@@ -25,7 +25,7 @@ from .assess import (
 from .distributed import make_accelerator
 from .evaluate import Scores, hub_of
 from .exports import EXPORTS, REFUSED, export_run, identity_of
-from .recipe import BaselineConfig, EvaluateConfig, MethodChoice, Recipe
+from .recipe import BaselineConfig, EvaluateConfig, Recipe
 from .report import COLUMNS, Results, refusals, show
 from .run import TrainedRun, on_main, train_run
 from .run_folder import RunFolder
@@ -78,7 +78,7 @@ def matched_lora_recipe(recipe: Recipe, rank: int) -> Recipe:
     """The same run with a plain LoRA of `rank`, at the baseline's own learning rate if it has one."""
     return replace(
         recipe,
-        method=MethodChoice(name="lora", options={"rank": rank}, target_modules=recipe.method.target_modules),
+        method=recipe.method.lora(rank),
         train=replace(recipe.train, learning_rate=recipe.baseline_rate),
         baseline=BaselineConfig(enabled=False),
     )

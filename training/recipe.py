@@ -38,6 +38,12 @@ class MethodChoice:
     name: str = "moa"
     options: dict[str, Any] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] = "all-linear"
+    excess_rank: bool = False
+    """Let experts have a higher rank than a linear they adapt can hold."""
+
+    def lora(self, rank: int) -> "MethodChoice":
+        """A plain LoRA on the same linears; nobody chose its rank, so it may be more than they can hold."""
+        return MethodChoice(name="lora", options={"rank": rank}, target_modules=self.target_modules, excess_rank=True)
 
 
 @config

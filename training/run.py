@@ -148,6 +148,7 @@ def build_model(
         method=recipe.method.name,
         options=_options(recipe.method, loras),
         tasks=list(task_names),
+        excess_rank=recipe.method.excess_rank or _takes_rank_of(recipe.method, loras),
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
         base_model_name_or_path=public_name(recipe),
@@ -169,9 +170,13 @@ def build_model(
     return model
 
 
+def _takes_rank_of(method: MethodChoice, loras: Mapping[str, PlainLora]) -> bool:
+    """Whether experts are as wide as the widest LoRA that becomes one, since no rank is given."""
+    return bool(loras) and "rank" not in method.options
+
+
 def _options(method: MethodChoice, loras: Mapping[str, PlainLora]) -> dict[str, Any]:
-    """The options of a method; experts are as wide as the widest LoRA that becomes one, unless a rank is given."""
-    fitting = {"rank": max(lora.rank for lora in loras.values())} if loras else {}
+    fitting = {"rank": max(lora.rank for lora in loras.values())} if _takes_rank_of(method, loras) else {}
     known = find_method(method.name).options()
     return {**{key: value for key, value in fitting.items() if key in known}, **method.options}
 

@@ -34,7 +34,7 @@ from .state import peft_names
 _PACKAGES = ("loramux", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "safetensors")
 _FREE_KEYS = (
     *("base.known_as", "base.also_called", "train.distributed", "train.log_every", "train.log_gradients"),
-    *("train.save_every", "train.keep_checkpoints"),
+    *("train.save_every", "train.keep_checkpoints", "method.excess_rank"),
     *("train.trackers", "baseline", "evaluate.split", "evaluate.limit", "evaluate.batch_size", "export"),
 )
 """Keys that may differ on resume: they do not change what is learnt."""

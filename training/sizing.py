@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..adapters import Linear, LoramuxConfig, adapted_linears, count_parameters, matched_lora_rank
+from ..adapters import Linear, LoramuxConfig, adapted_linears, check_ranks, count_parameters, matched_lora_rank
 from ..bases import resolve_base
 from ..support.errors import ConfigError
 from .evaluate import hub_of
@@ -27,14 +27,19 @@ class BaseShapes:
     linears: tuple[Linear, ...]
     hidden_size: int
 
-    def count(self, method: str, options: Mapping[str, Any], tasks: Sequence[str]) -> int:
+    def count(self, method: str, options: Mapping[str, Any], tasks: Sequence[str], *, excess_rank: bool = False) -> int:
         """Parameters of a method for these tasks.
+
+        Args:
+            excess_rank: as in LoramuxConfig.
 
         Raises:
             ConfigError: when the options do not fit each other, the tasks or a linear.
         """
         built = LoramuxConfig(method=method, options=dict(options), tasks=list(tasks)).build()
         try:
+            if not excess_rank:
+                check_ranks(built, self.linears)
             return count_parameters(built, self.linears, tasks=len(tasks), hidden_size=self.hidden_size)
         except ValueError as error:
             raise ConfigError(f"method {method!r}: {error}") from None
