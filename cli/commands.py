@@ -32,6 +32,9 @@ from ..training.routes import HEADER, report_routes
 from ..training.run import load_run
 from ..training.run_folder import RunFolder
 from ..training.sizing import BaseShapes, shapes_of
+from .sharing import publish
+
+__all__ = ["publish"]
 
 
 def quieten_libraries() -> None:

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         *(_add_train, _add_evaluate, _add_compare, _add_adapt, _add_export, _add_import),
         *(_add_routes, _add_methods, _add_tasks, _add_base),
+        *(_add_publish,),
     ):
         add(commands)
     return parser
@@ -309,6 +310,113 @@ def _add_base(commands: Commands) -> None:
     parser.add_argument("--to", type=Path, metavar="DIR", required=True, help="a new folder")
 
 
+def _add_publish(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "publish",
+        "put adapters on a hub",
+        "Publish the exports of a run, its mixture with the router, its figures and pictures as one repository, with\n"
+        "a card. One commit or none; what is there already is not sent again. Tokens, private keys, home folders and\n"
+        "examples of the tasks' data are looked for first, and nothing is sent when there are any.",
+        """
+  loramux publish runs/moa mia/eight --licence apache-2.0 --dry-run
+  loramux publish runs/moa mia/eight --licence apache-2.0
+  loramux publish runs/moa mia/eight --split --private --revision trial
+  loramux publish exports/who mia/who --endpoint http://127.0.0.1:8765 --sign key.pem""",
+    )
+    parser.add_argument("place", type=Path, metavar="RUN_OR_EXPORT", help="a run folder, exports, or one adapter")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="where to; it is made if it is not there")
+    parser.add_argument("--split", action="store_true", help="one repository per task (OWNER/NAME-TASK), not a folder")
+    parser.add_argument("--private", action="store_true", help="make it private")
+    parser.add_argument("--revision", default="main", metavar="BRANCH", help="a branch (default: main)")
+    parser.add_argument("--licence", metavar="L", help="as the Hub names it: apache-2.0, mit, cc-by-4.0, ...")
+    parser.add_argument("--examples", type=_count, default=3, metavar="N", help="per task on the card (default: 3)")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("token", "private-key", "home-path", "example"),
+        help="publish such findings (may be repeated)",
+    )
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="sign it with this Ed25519 key (PEM)")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be sent")
+    _add_endpoint(parser)
+
+
+def _add_pull(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "pull",
+        "fetch adapters from a hub, checked",
+        "Fetch a repository of adapters. Pickles and code stay where they are. Every file is compared with the\n"
+        "hub's hash of it, and names and shapes of all tensors with the base.",
+        """
+  loramux pull mia/eight
+  loramux pull mia/eight@trial --to adapters/eight
+  loramux pull mia/eight --to adapters/eight --trust mia.pub
+  loramux pull mia/eight --base models/my_copy --force-base""",
+    )
+    parser.add_argument("repository", metavar="OWNER/NAME[@REVISION]", help="a branch, a tag or a commit after @")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="a folder (default: only the cache)")
+    parser.add_argument("--base", metavar="MODEL", help="the base it is for (default: the one it names)")
+    parser.add_argument("--force-base", action="store_true", help="take it though it names another base or revision")
+    parser.add_argument("--trust", type=Path, metavar="KEYS", help="refuse what none of these public keys (PEM) signed")
+    _add_endpoint(parser)
+
+
+def _add_search(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "search",
+        "find adapters on a hub",
+        "List repositories of PEFT adapters, the most downloaded first.",
+        """
+  loramux search
+  loramux search plural --base loramux/tiny --method moa
+  loramux search --owner mia --limit 50""",
+    )
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="part of a repository's name")
+    parser.add_argument("--base", metavar="MODEL", help="only adapters of this base")
+    parser.add_argument("--method", metavar="M", help="only those that loramux trained with this method")
+    parser.add_argument("--owner", metavar="OWNER", help="only those of this user or organisation")
+    parser.add_argument("--limit", type=_positive, default=20, metavar="N", help="at most so many (default: 20)")
+    _add_endpoint(parser)
+
+
+def _add_info(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "info",
+        "what a repository of adapters holds",
+        "Tell of a published repository: base, method, licence, adapters with ranks, targets and scores.",
+        """
+  loramux info mia/eight
+  loramux info mia/eight@trial""",
+    )
+    parser.add_argument("repository", metavar="OWNER/NAME[@REVISION]")
+    _add_endpoint(parser)
+
+
+def _add_diff(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "diff",
+        "compare two adapters",
+        "Compare the adapters of two places: configuration, ranks, targets, scores, and how far their updates of each\n"
+        "layer are apart.",
+        """
+  loramux diff mia/eight mia/eight@trial
+  loramux diff exports/who mia/who""",
+    )
+    parser.add_argument("first", metavar="A", help="a folder, or OWNER/NAME[@REVISION]")
+    parser.add_argument("second", metavar="B", help="the same")
+    _add_endpoint(parser)
+
+
+def _add_endpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--endpoint", metavar="URL", help="the hub (default: HF_ENDPOINT, else huggingface.co)")
+
+
 def _command(commands: Commands, name: str, help_: str, description: str, examples: str) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
@@ -334,6 +442,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _assignment(text: str) -> str:

@@ -38,11 +38,12 @@ def write_card(source: Source, repository: str, *, licence: str | None = None, e
     """
     if licence is not None and not _LICENCE.fullmatch(licence):
         raise ConfigError(f"licence {licence!r}: give it as the Hub names it, such as apache-2.0, mit or cc-by-4.0")
+    before = _read(existing, repository) if existing is not None else None
+    licence = licence or (before.data.get("license") if before else None)
     data = _card_data(source, repository, licence)
     parts = {name: text for name, text in _parts(source, repository, licence).items() if text}
-    if existing is None:
+    if before is None:
         return _assembled(data, f"# {repository.partition('/')[2]}\n\n" + _joined(parts))
-    before = _read(existing, repository)
     kept = before.data.to_dict()
     tags = [*data["tags"], *(tag for tag in kept.get("tags") or () if tag not in data["tags"])]
     return _assembled({**kept, **data, "tags": tags}, merged(before.text.strip("\n"), parts))

@@ -6,6 +6,9 @@ LoramuxError
 ├── AdapterError      an adapter cannot be built, routed, merged or loaded (also a ValueError)
 ├── ExportRefused     an export would lose more than the bound allows
 ├── RunError          a run folder is missing, incomplete or belongs to another base
+├── RemoteError       a hub cannot be reached, refuses, or lacks what was asked for
+├── LeakFound         something would be published that looks private
+├── TrustError        what came from a hub is not what was published, or not by whom you trust
 └── TrainingDiverged  the loss is not finite any more
 """
 
@@ -30,6 +33,15 @@ class ExportRefused(LoramuxError): ...
 
 
 class RunError(LoramuxError): ...
+
+
+class RemoteError(LoramuxError): ...
+
+
+class LeakFound(LoramuxError): ...
+
+
+class TrustError(LoramuxError): ...
 
 
 class TrainingDiverged(LoramuxError): ...

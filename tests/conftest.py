@@ -8,7 +8,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cases
 import pytest
@@ -20,6 +22,9 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+if TYPE_CHECKING:
+    from hub_cases import RunningHub
 
 torch.set_num_threads(1)
 
@@ -107,8 +112,19 @@ def finished_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from loramux.training.main_job import train_job
 
-    folder = tmp_path_factory.mktemp("job")
+    folder = tmp_path_factory.mktemp("finished")
     base, tasks = write_base(folder / "base"), write_tasks(folder / "data")
     recipe = make_recipe(base, tasks, "base.known_as=somebody/tiny-base", "train.learning_rate=0.02")
     train_job(recipe, folder / "run")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def local_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RunningHub"]:
+    """A hub of a test module's own, and a cache of its own for what is fetched from it."""
+    from hub_cases import running_hub
+    from huggingface_hub import constants
+
+    with running_hub(tmp_path_factory.mktemp("hub")) as running, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield running

@@ -1,0 +1,109 @@
+"""What a published repository says of itself in one small file, for programs; its card says it to people."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..support.config import config, parse
+from ..support.errors import ConfigError, TrustError
+from .remote import sha256_of, size_of
+from .source import MIXTURE, Source
+
+MANIFEST = "loramux.json"
+FORMAT = 1
+
+
+@config
+class Shown:
+    """An example on the card."""
+
+    input: str
+    answer: str
+
+
+@config
+class PublishedTask:
+    """One task's adapter.
+
+    Attributes:
+        folder: where in the repository; empty for its root.
+        scores: the main metric by column of the results table.
+    """
+
+    name: str
+    folder: str
+    description: str = ""
+    metric: str = ""
+    scores: dict[str, float]
+    examples: list[Shown]
+
+
+@config
+class PublishedFile:
+    bytes: int
+    sha256: str
+
+
+@config
+class Manifest:
+    """A repository as published: on which base, by which method, what for which task, and every file's hash."""
+
+    format: int = FORMAT
+    loramux: str = __version__
+    base: str
+    base_revision: str | None = None
+    base_fingerprint: str | None = None
+    method: str = ""
+    mixture: str | None = None
+    tasks: list[PublishedTask]
+    files: dict[str, PublishedFile]
+
+
+def make_manifest(source: Source, folders: Sequence[str], files: Mapping[str, Path | bytes]) -> Manifest:
+    """The manifest of files that are about to be published.
+
+    Args:
+        folders: of the source's adapters, in their order.
+    """
+    return Manifest(
+        base=source.base.name,
+        base_revision=source.base.revision,
+        base_fingerprint=source.environment.get("base_fingerprint"),
+        method=source.method,
+        mixture=MIXTURE if source.mixture else None,
+        tasks=[
+            PublishedTask(
+                name=adapter.task,
+                folder=folder,
+                description=adapter.description,
+                metric=adapter.metric,
+                scores=dict(adapter.scores),
+                examples=[Shown(input=e.prompt, answer=e.wanted) for e in adapter.examples],
+            )
+            for adapter, folder in zip(source.adapters, folders, strict=True)
+        ],
+        files={
+            path: PublishedFile(bytes=size_of(content), sha256=sha256_of(content)) for path, content in files.items()
+        },
+    )
+
+
+def read_manifest(text: str | None, where: str) -> Manifest | None:
+    """The manifest that a repository has; None where it has none, because other tools made it.
+
+    Raises:
+        TrustError: it is not what loramux writes.
+    """
+    if text is None:
+        return None
+    try:
+        data: Any = json.loads(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise TrustError(f"{where}/{MANIFEST}: format {found!r}; this version of loramux reads {FORMAT}")
+        return parse(Manifest, data, where=f"{where}/{MANIFEST}")
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"{where}/{MANIFEST}: not readable as JSON"
+        raise TrustError(reason) from None

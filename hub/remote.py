@@ -1,0 +1,159 @@
+"""A hub as loramux sees it: huggingface.co or any server that speaks its protocol, through `huggingface_hub`."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of whichever HTTP library this version of the client stands on
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.utils import validate_repo_id
+
+from .. import __version__
+from ..support.errors import ConfigError, RemoteError
+
+_PRECONDITION_FAILED = 412
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a commit; `sha256` for a large file, for any other `blob_id`, which is Git's hash of it."""
+
+    size: int
+    blob_id: str
+    sha256: str | None
+
+    def is_same(self, content: Path | bytes) -> bool:
+        """Whether it holds exactly these bytes."""
+        if self.size != size_of(content):
+            return False
+        if self.sha256 is not None:
+            return self.sha256 == sha256_of(content)
+        data = content.read_bytes() if isinstance(content, Path) else content
+        return self.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A repository at one commit."""
+
+    info: ModelInfo
+    sha: str
+    files: dict[str, RemoteFile]
+
+
+class Remote:
+    """One hub.
+
+    Args:
+        endpoint: its address; None takes HF_ENDPOINT, or huggingface.co.
+    """
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        self.api = HfApi(endpoint=self.endpoint, library_name="loramux", library_version=__version__)
+
+    def commit(self, repository: str, revision: str | None = None) -> Commit:
+        """What a repository holds at a branch, a tag or a commit.
+
+        Raises:
+            RemoteError: there is no such repository or revision, or the hub cannot be reached.
+        """
+        with self.talking(repository, revision):
+            info = self.api.model_info(repository, revision=revision)
+            assert info.sha is not None
+            entries = self.api.list_repo_tree(repository, revision=info.sha, recursive=True)
+            files = {
+                entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
+                for entry in entries
+                if isinstance(entry, RepoFile)
+            }
+        return Commit(info, info.sha, files)
+
+    def exists(self, repository: str) -> bool:
+        with self.talking(repository):
+            return self.api.repo_exists(repository)
+
+    def has_revision(self, repository: str, revision: str) -> bool:
+        with self.talking(repository):
+            return self.api.revision_exists(repository, revision)
+
+    def read(self, repository: str, commit: Commit, path: str) -> str | None:
+        """A text file of a commit; None where it has none of that name."""
+        if path not in commit.files:
+            return None
+        with self.talking(repository):
+            found = self.api.hf_hub_download(repository, path, revision=commit.sha)
+        return Path(found).read_text(encoding="utf-8", errors="replace")
+
+    @contextmanager
+    def talking(self, repository: str = "", revision: str | None = None) -> Iterator[None]:
+        """Say what went wrong between us and the hub in its own words.
+
+        Raises:
+            RemoteError: whatever the client raises.
+        """
+        named = f"{repository}@{revision}" if revision else repository
+        try:
+            yield
+        except RevisionNotFoundError:
+            raise RemoteError(f"{named}: {self.endpoint} has that repository, but not that revision") from None
+        except RepositoryNotFoundError:
+            raise RemoteError(
+                f"{named}: {self.endpoint} has no such repository, or it is private and you are not logged in "
+                "(`hf auth login`, or the environment variable HF_TOKEN)"
+            ) from None
+        except EntryNotFoundError as error:
+            raise RemoteError(f"{named}: {_first_line(error)}") from None
+        except HfHubHTTPError as error:
+            if error.response.status_code == _PRECONDITION_FAILED:
+                raise RemoteError(
+                    f"{named}: somebody else changed it meanwhile, so nothing was; do the same again (what was sent "
+                    "already is not sent twice)"
+                ) from None
+            raise RemoteError(f"{named}: {self.endpoint} says: {_first_line(error)}") from None
+        except OfflineModeIsEnabled:
+            raise RemoteError(f"{named}: HF_HUB_OFFLINE is set, so no hub is asked; unset it") from None
+        except (HTTPError, ConnectionError, TimeoutError) as error:
+            raise RemoteError(f"{self.endpoint} cannot be reached ({_first_line(error)}); is it running?") from None
+
+
+def check_name(repository: str) -> str:
+    """The name itself.
+
+    Raises:
+        ConfigError: it is not of the form `owner/name`, or holds what a hub does not take.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"{repository!r}: {_first_line(error)}") from None
+    if repository.count("/") != 1:
+        raise ConfigError(f"{repository!r}: write it as owner/name")
+    return repository
+
+
+def size_of(content: Path | bytes) -> int:
+    return content.stat().st_size if isinstance(content, Path) else len(content)
+
+
+def sha256_of(content: Path | bytes) -> str:
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
