@@ -40,10 +40,12 @@ class PackedLora:
     Attributes:
         rank: of every linear; lower ones are filled up with zeros.
         flat: `(rank * layout.width,)`, laid out as `FactorLayout` says.
+        groups: numbers of the groups of linears that it changes.
     """
 
     rank: int
     flat: Tensor
+    groups: frozenset[int]
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +77,8 @@ class FactorLayout:
                     pair = factors[name]
                     downs[index, : pair.rank] = pair.down
                     ups[index][: pair.rank] = pair.up.T
-        return PackedLora(rank, flat)
+        touched = (number for number, group in enumerate(self.groups) if any(name in factors for name in group.names))
+        return PackedLora(rank, flat, frozenset(touched))
 
     def views(self, flat: Tensor, rank: int) -> Iterator[tuple[Group, Tensor, list[Tensor]]]:
         """Every group with its part of vectors `(..., rank * width)`: the A matrices `(..., linears, rank,

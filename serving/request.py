@@ -130,6 +130,7 @@ class Request:
     Attributes:
         prompt: token ids, at least one.
         emit: gets every event, on the engine's thread; it must not block. `Finished` or `Failed` comes last, and once.
+        streams: whether text is wanted as it comes; else it comes in one piece at the end.
         deadline: in seconds of `time.monotonic`; None for never.
     """
 
@@ -137,6 +138,7 @@ class Request:
     sampling: Sampling
     route: Route
     emit: Callable[[Event], None]
+    streams: bool = True
     deadline: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
