@@ -8,8 +8,11 @@ modules, which rank and scale each) is not guessed: stock PEFT adapts a copy of 
 import copy
 import hashlib
 import json
+import math
 import re
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,15 +23,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as StockLinear
 from peft.tuners.lora import LoraLayer
 from pydantic import Field, FiniteFloat
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
 
-from ..support.config import config, parse
+from ..support.config import config, parse, to_data
 from ..support.errors import AdapterError, ConfigError
 from .low_rank import LowRank
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_CONFIG = 1 << 20
+_LARGEST_HEADER = 1 << 20
+_KEPT_PLANS = 64
 _LONGEST = 160
 _MOST_REPEATS = 3
 _ADAPTER = "default"
@@ -76,6 +82,14 @@ class _Settings:
             _check_pattern(pattern)
 
 
+class AnotherBase(AdapterError):
+    """An adapter that names another base."""
+
+
+class TooLarge(AdapterError):
+    """An adapter whose weights file is larger than it may be."""
+
+
 @dataclass(frozen=True)
 class PlainLora:
     """A LoRA as what it adds to each linear.
@@ -96,26 +110,133 @@ class PlainLora:
         return max(pair.rank for pair in self.factors.values())
 
 
-def read_lora(folder: Path, base: nn.Module, *, base_names: Collection[str] = ()) -> PlainLora:
-    """Read a PEFT LoRA folder.
+@dataclass(frozen=True)
+class LinearPlan:
+    """What a LoRA has for one linear: the shapes of A and B, and the scale that its config gives it."""
+
+    down: tuple[int, ...]
+    up: tuple[int, ...]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.down[0]
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """What the config of a PEFT folder promises, before any weights are read.
+
+    Attributes:
+        linears: by module name of the base.
+        base: the name the config gives of its base, if it gives one.
+        config_sha256: of the config file.
+    """
+
+    folder: Path
+    linears: Mapping[str, LinearPlan]
+    base: str | None
+    config_sha256: str
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max(linear.rank for linear in self.linears.values())
+
+
+class LoraReader:
+    """Reads PEFT LoRA folders for one base, from several threads if need be.
+
+    What PEFT makes of a config is kept for the next adapter with the same settings, since it takes most of the time.
 
     Args:
-        base: the transformers model it is for, bare or in a hub.
+        base: the transformers model they are for, bare or in a hub.
         base_names: what an adapter of this base may call it (Hub ids, folders). An adapter that names another base is
             refused, one that names none is not; without any name here nothing is compared.
+        most_bytes: the largest weights file to read; None sets no limit beside what config and base want.
+    """
+
+    def __init__(self, base: nn.Module, *, base_names: Collection[str] = (), most_bytes: int | None = None) -> None:
+        self._base, self._base_names, self._most_bytes = base, {_place(name) for name in base_names}, most_bytes
+        self._plans: OrderedDict[str, Mapping[str, LinearPlan]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def plan(self, folder: Path) -> LoraPlan:
+        """Read and judge the config; of the weights only whether they are there, and not pickled.
+
+        Raises:
+            AnotherBase: it names another base.
+            AdapterError: it is of no plain LoRA of this base.
+        """
+        raw, data = _read_config(folder / CONFIG)
+        _refuse_more_than_lora(data, folder)
+        named = data.get("base_model_name_or_path") or None
+        self._check_base(named, folder)
+        linears = self._linears(_settings(data, folder), folder)
+        _weights_file(folder)
+        return LoraPlan(folder, linears, named, hashlib.sha256(raw).hexdigest())
+
+    def read(self, plan: LoraPlan) -> PlainLora:
+        """Read the weights of a plan. The file is read whole before it is looked at: one that is cut short meanwhile
+        would otherwise end the process.
+
+        Raises:
+            TooLarge: the file is larger than it may be.
+            AdapterError: it is damaged, not finite, or not what the config promises.
+        """
+        path = _weights_file(plan.folder)
+        raw = self._read_file(path, plan)
+        try:
+            saved = load(raw)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise AdapterError(f"{path}: not a whole safetensors file ({_short(str(error))})") from None
+        _check_tensors(path, saved, plan.linears, self._base)
+        factors = {name: _folded(path, saved, name, linear.scale) for name, linear in plan.linears.items()}
+        return PlainLora(factors, plan.base, hashlib.sha256(raw).hexdigest())
+
+    def _check_base(self, named: str | None, folder: Path) -> None:
+        if named is not None and self._base_names and _place(named) not in self._base_names:
+            raise AnotherBase(
+                f"{folder}: an adapter of another base: it names {_short(named)!r}, this one is "
+                f"{' or '.join(map(repr, sorted(self._base_names)))}"
+            )
+
+    def _linears(self, settings: _Settings, folder: Path) -> Mapping[str, LinearPlan]:
+        key = json.dumps(to_data(settings), sort_keys=True)
+        with self._lock:
+            if key not in self._plans:
+                self._plans[key] = _planned(_stock_layers(settings, self._base, folder))
+            self._plans.move_to_end(key)
+            if len(self._plans) > _KEPT_PLANS:
+                self._plans.popitem(last=False)
+            return self._plans[key]
+
+    def _read_file(self, path: Path, plan: LoraPlan) -> bytes:
+        most = self._largest(plan) if self._most_bytes is None else min(self._most_bytes, self._largest(plan))
+        try:
+            with path.open("rb") as file:
+                raw = file.read(most + 1)
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read ({error.strerror})") from None
+        if len(raw) > most:
+            raise TooLarge(f"{path}: {path.stat().st_size} bytes; at most {most} are allowed for it")
+        return raw
+
+    def _largest(self, plan: LoraPlan) -> int:
+        """No more than double precision of everything that may be in it; PEFT saves copies of the base's embeddings."""
+        own = sum(math.prod(linear.down) + math.prod(linear.up) for linear in plan.linears.values())
+        copied = sum(p.numel() for p in self._base.parameters())
+        return 8 * (own + copied) + _LARGEST_HEADER
+
+
+def read_lora(folder: Path, base: nn.Module, *, base_names: Collection[str] = ()) -> PlainLora:
+    """Read one PEFT LoRA folder; `base` and `base_names` are as for `LoraReader`.
 
     Raises:
         AdapterError: the folder holds no plain LoRA of this base, or a file is damaged, too large or not finite.
     """
-    data = _read_config(folder / CONFIG)
-    _refuse_more_than_lora(data, folder)
-    named = data.get("base_model_name_or_path") or None
-    _check_base(named, base_names, folder)
-    layers = _stock_layers(_settings(data, folder), base, folder)
-    path = _weights_file(folder)
-    factors = _read_factors(path, layers, base)
-    with path.open("rb") as file:
-        return PlainLora(factors, named, hashlib.file_digest(file, "sha256").hexdigest())
+    reader = LoraReader(base, base_names=base_names)
+    return reader.read(reader.plan(folder))
 
 
 def declared_base(folder: Path) -> str | None:
@@ -124,16 +245,17 @@ def declared_base(folder: Path) -> str | None:
     Raises:
         AdapterError: there is no readable config.
     """
-    return _read_config(folder / CONFIG).get("base_model_name_or_path") or None
+    return _read_config(folder / CONFIG)[1].get("base_model_name_or_path") or None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not path.is_file():  # a device has no end
         raise AdapterError(f"{path.parent}: no PEFT adapter (no {CONFIG} in it)")
     if path.stat().st_size > _LARGEST_CONFIG:
         raise AdapterError(f"{path}: {path.stat().st_size} bytes; no adapter's config is larger than 1 MiB")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        data = json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not readable as JSON ({type(error).__name__}: {_short(str(error))})") from None
     if not isinstance(data, dict):
@@ -141,7 +263,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     named = data.get("base_model_name_or_path")
     if not isinstance(named, str | None):
         raise AdapterError(f"{path}: base_model_name_or_path must be a name, got {_short(repr(named))}")
-    return data
+    return raw, data
 
 
 def _refuse_more_than_lora(data: Mapping[str, Any], folder: Path) -> None:
@@ -179,14 +301,6 @@ def _check_pattern(pattern: str) -> None:
         raise ValueError(f"the pattern {_short(pattern)!r} repeats a group, or repeats more than {_MOST_REPEATS} times")
 
 
-def _check_base(named: str | None, base_names: Collection[str], folder: Path) -> None:
-    if named is not None and base_names and _place(named) not in {_place(name) for name in base_names}:
-        raise AdapterError(
-            f"{folder}: an adapter of another base: it names {_short(named)!r}, this one is "
-            f"{' or '.join(map(repr, sorted(base_names)))}"
-        )
-
-
 def _place(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
@@ -211,6 +325,17 @@ def _stock_layers(settings: _Settings, base: Any, folder: Path) -> dict[str, Sto
     return layers  # type: ignore[return-value]
 
 
+def _planned(layers: Mapping[str, StockLinear]) -> dict[str, LinearPlan]:
+    return {
+        name: LinearPlan(
+            down=tuple(layer.lora_A[_ADAPTER].weight.shape),
+            up=tuple(layer.lora_B[_ADAPTER].weight.shape),
+            scale=layer.scaling[_ADAPTER],
+        )
+        for name, layer in layers.items()
+    }
+
+
 def _weights_file(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
@@ -222,53 +347,42 @@ def _weights_file(folder: Path) -> Path:
     raise AdapterError(f"{folder}: no {WEIGHTS} in it")
 
 
-def _read_factors(path: Path, layers: Mapping[str, StockLinear], base: nn.Module) -> dict[str, LowRank]:
-    try:
-        with safe_open(path, "pt") as saved:
-            _check_tensors(path, saved, layers, base)
-            return {name: _folded(path, saved, name, layer.scaling[_ADAPTER]) for name, layer in layers.items()}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a whole safetensors file ({_short(str(error))})") from None
-
-
-def _check_tensors(path: Path, saved: Any, layers: Mapping[str, StockLinear], base: nn.Module) -> None:
-    """Compare the names and shapes in a file's header with what the layers want, before a tensor of theirs is read."""
+def _check_tensors(path: Path, saved: Mapping[str, Tensor], linears: Mapping[str, LinearPlan], base: nn.Module) -> None:
+    """Compare names and shapes with what the config promises."""
     wanted = {
-        _tensor_name(name, factor): tuple(getattr(layer, f"lora_{factor}")[_ADAPTER].weight.shape)
-        for name, layer in layers.items()
-        for factor in "AB"
+        _tensor_name(name, factor): shape
+        for name, linear in linears.items()
+        for factor, shape in (("A", linear.down), ("B", linear.up))
     }
-    found = set(saved.keys())
-    for name in sorted({*found, *wanted}):
-        if name not in found:
+    for name in sorted({*saved, *wanted}):
+        if name not in saved:
             raise AdapterError(f"{path}: tensor {name!r} is missing")
-        header = saved.get_slice(name)
+        tensor = saved[name]
         if name not in wanted:
-            if _is_copy_of_base(name, saved, base):
+            if _is_copy_of_base(name, tensor, base):
                 continue
             raise AdapterError(
                 f"{path}: holds a tensor {_short(name)!r}, which is no part of a plain LoRA of this base"
             )
-        if tuple(header.get_shape()) != wanted[name]:
+        if tuple(tensor.shape) != wanted[name]:
             raise AdapterError(
-                f"{path}: tensor {name!r} has shape {tuple(header.get_shape())}; its config and this base want "
-                f"{wanted[name]}"
+                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}; its config and this base want {wanted[name]}"
             )
-        if not header.get_dtype().startswith(("F", "BF")):
-            raise AdapterError(f"{path}: tensor {name!r} holds {header.get_dtype()}, not floating point numbers")
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{path}: tensor {name!r} holds {tensor.dtype}, not floating point numbers")
 
 
-def _is_copy_of_base(name: str, saved: Any, base: nn.Module) -> bool:
+def _is_copy_of_base(name: str, tensor: Tensor, base: nn.Module) -> bool:
     """Whether a tensor is just what the base has; PEFT saves embeddings along with LoRAs that act on them."""
     own = {key.replace(".base_layer.", "."): parameter for key, parameter in base.named_parameters()}
     parameter = own.get(name.removeprefix(_PREFIX).replace(".base_layer.", "."))
-    if parameter is None or tuple(saved.get_slice(name).get_shape()) != tuple(parameter.shape):
+    if parameter is None or tensor.shape != parameter.shape:
         return False
-    return torch.equal(saved.get_tensor(name).to(parameter.dtype), parameter.detach().cpu())
+    return torch.equal(tensor.to(parameter.dtype), parameter.detach().cpu())
 
 
-def _folded(path: Path, saved: Any, name: str, scale: float) -> LowRank:
-    down, up = (saved.get_tensor(_tensor_name(name, factor)) for factor in "AB")
+def _folded(path: Path, saved: Mapping[str, Tensor], name: str, scale: float) -> LowRank:
+    down, up = (saved[_tensor_name(name, factor)] for factor in "AB")
     pair = LowRank(down.float(), (up.double() * scale).float())
     if not (pair.down.isfinite().all() and pair.up.isfinite().all()):
         raise AdapterError(f"{path}: the update of {name!r} has values that are not finite")

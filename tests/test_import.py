@@ -298,7 +298,7 @@ Tensors = dict[str, torch.Tensor]
         (lambda t: {**t, FIRST: torch.zeros(2, 33)}, r"has shape \(2, 33\); its config and this base want \(2, 32\)"),
         (lambda t: {**t, FIRST: torch.zeros(4096, 32)}, r"has shape \(4096, 32\); its config and this base want"),
         (lambda t: {**t, FIRST: t[FIRST].reshape(-1)}, r"has shape \(64,\)"),
-        (lambda t: {**t, FIRST: t[FIRST].int()}, "holds I32, not floating point numbers"),
+        (lambda t: {**t, FIRST: t[FIRST].int()}, "holds torch.int32, not floating point numbers"),
         (lambda t: {**t, FIRST: t[FIRST] * float("nan")}, "the update of 'model.layers.0.self_attn.q_proj' has values"),
         (lambda t: {**t, FIRST: t[FIRST].double() * 1e300}, "has values that are not finite"),
     ],
