@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..support.errors import LoramuxError
+from . import hub
 
 INTERRUPTED = 130
 FAILED = 2
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parsed = build_parser().parse_args(arguments)
     try:
+        if parsed.command == "hub":
+            parsed.run(parsed)
+            return 0
         from . import commands
 
         commands.quieten_libraries()
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         *(_add_train, _add_evaluate, _add_compare, _add_adapt, _add_export, _add_import),
         *(_add_routes, _add_methods, _add_tasks, _add_base),
         *(_add_publish,),
+        _add_hub,
     ):
         add(commands)
     return parser
@@ -415,6 +420,22 @@ def _add_diff(commands: Commands) -> None:
 
 def _add_endpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", metavar="URL", help="the hub (default: HF_ENDPOINT, else huggingface.co)")
+
+
+def _add_hub(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "hub",
+        "a hub of your own",
+        "Serve a hub that unchanged Hugging Face clients publish to and pull from, on one machine, in one process and\n"
+        "one folder; give it tokens and organisations; copy everything from one hub to another.",
+        """
+  loramux hub serve
+  loramux hub token create mia
+  loramux hub serve --host 0.0.0.0 --root /srv/hub
+  loramux hub mirror http://127.0.0.1:8765 https://huggingface.co --author mia""",
+    )
+    hub.add_parsers(parser.add_subparsers(metavar="COMMAND", required=True))
 
 
 def _command(commands: Commands, name: str, help_: str, description: str, examples: str) -> argparse.ArgumentParser:

@@ -83,7 +83,9 @@ class Accounts:
         with self._database.read() as connection:
             return connection.execute("SELECT 1 FROM tokens LIMIT 1").fetchone() is None
 
-    def create_token(self, user: str, role: Role, note: str = "", lifetime: timedelta | None = None) -> str:
+    def create_token(
+        self, user: str, *, read_only: bool = False, note: str = "", lifetime: timedelta | None = None
+    ) -> str:
         """Make a token, and its user where there is none.
 
         Returns:
@@ -96,6 +98,7 @@ class Accounts:
         check_namespace(user)
         identity, secret = secrets.token_hex(4), secrets.token_urlsafe(24)
         expires = now(lifetime) if lifetime else None
+        role: Role = "read" if read_only else "write"
         with self._database.write() as connection:
             self._add_account(user, is_organization=False)
             connection.execute(
@@ -145,8 +148,8 @@ class Accounts:
         namespaces = frozenset(name.lower() for name in (row["user"], *organizations))
         return Caller(row["user"], row["role"], namespaces, organizations)
 
-    def create_organization(self, name: str, members: Sequence[str]) -> None:
-        """Make an organisation, or add members to it; users that do not exist yet are made, without a token."""
+    def add_members(self, name: str, members: Sequence[str]) -> None:
+        """Add users to an organisation; whatever does not exist yet is made, users without a token."""
         check_namespace(name)
         with self._database.write() as connection:
             self._add_account(name, is_organization=True)

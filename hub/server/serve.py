@@ -5,6 +5,7 @@ from pathlib import Path
 
 import uvicorn
 
+from ...support.console import say
 from ...support.errors import ConfigError
 from .app import Hub, Policy
 from .storage import Storage
@@ -22,8 +23,10 @@ def serve(root: Path, *, host: str = "127.0.0.1", port: int = 8000, policy: Poli
     storage = Storage(root)
     try:
         refuse_strangers(storage, host)
+        hub = Hub(storage, policy)
+        say(f"hub in {root} (Ctrl-C stops it); for clients: export HF_ENDPOINT=http://{host}:{port}")
         uvicorn.run(
-            Hub(storage, policy),
+            hub,
             host=host,
             port=port,
             log_level="warning",
