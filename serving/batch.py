@@ -57,6 +57,10 @@ class Runner:
         self.layers = int(text_config(model).num_hidden_layers)
         self._slots = Slots(model, layout)
 
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._slots.remove()
+
     def new_adapters(self) -> RowAdapters:
         return RowAdapters(self.layout, self.model.dtype, self.model.device)
 

@@ -203,6 +203,7 @@ class Engine:
             self._embed_one()
             self._read_prompts()
             self._decode()
+        self._runner.close()
 
     def _wait_for_work(self) -> bool:
         """False when there is none and there will be none."""

@@ -11,6 +11,10 @@ from torch import Tensor
 from ..support.errors import ConfigError
 
 
+# A small model that may write spaces anywhere can go on writing them to the end.
+_COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 class GrammarCompiler:
     """Makes grammars for one tokenizer."""
 
@@ -31,7 +35,7 @@ class GrammarCompiler:
             except ValueError as error:
                 raise ConfigError(f"this base's tokenizer cannot follow JSON schemas: {error}") from None
         try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(schema)
+            text = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_COMPACT)
         except ValueError as error:
             raise ConfigError(f"the JSON schema cannot be followed: {error}") from None
         matcher = llguidance.LLMatcher(self._prepared, text)

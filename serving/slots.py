@@ -164,9 +164,16 @@ class Slots:
     def __init__(self, model: Any, layout: FactorLayout) -> None:
         self._operands: Sequence[_Operands | None] = [None] * len(layout.groups)
         linears = adaptable_linears(model)
-        for number, group in enumerate(layout.groups):
-            for index, name in enumerate(group.names):
-                linears[name].register_forward_hook(self._hook(number, index))
+        self._hooks = [
+            linears[name].register_forward_hook(self._hook(number, index))
+            for number, group in enumerate(layout.groups)
+            for index, name in enumerate(group.names)
+        ]
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
     @contextmanager
     def serving(self, rows: RowAdapters) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What the tests of the server share: a tiny base, adapters for it, and what stock PEFT answers with them."""
 
+import threading
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ def save_lora(
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=size / rank**0.5 / (1 if "lora_B" in name else parameter.shape[1] ** 0.5))
+            torch.nn.init.normal_(
+                parameter, std=size / rank**0.5 / (1 if "lora_B" in name else parameter.shape[1] ** 0.5)
+            )
     model.save_pretrained(folder)
     model.unload()
     return folder
@@ -60,8 +63,6 @@ class Answer:
     """Collects the events of one request."""
 
     def __init__(self, engine, prompt: list[int], sampling: Sampling = GREEDY, where: Route = BASE, **kwargs) -> None:
-        import threading
-
         self.events: list[Event] = []
         self._done = threading.Event()
         self.request = Request(prompt, sampling, where, self._take, **kwargs)
