@@ -54,9 +54,13 @@ class Task:
 
         Test examples do not count: a finished run may be measured on more of them.
         """
+        return self.fingerprint_of("train", "validation")
+
+    def fingerprint_of(self, *splits: str) -> str:
+        """A hash of the examples in these splits and how they are written and judged."""
         settings = (self.name, self.config.chat_template, self.config.max_new_tokens, self.metrics[0])
         digest = hashlib.sha256(json.dumps(settings).encode())
-        for split in ("train", "validation"):
+        for split in splits:
             for example in self.splits[split]:
                 turns = [(turn.role, turn.text, turn.trained) for turn in example.turns]
                 digest.update(json.dumps((split, turns, example.target, example.choices)).encode())

@@ -16,6 +16,7 @@ from loramux.training.comparison import Comparison, draw_comparison, spread, sum
 from loramux.training.main_job import matched_lora_recipe
 from loramux.training.recipe import BaselineConfig, Recipe, load_recipe
 from loramux.training.run import build_model
+from loramux.training.run_folder import RunFolder
 
 OPTIONS = {"moa": {"rank": 2}, "smora": {"rank": 8, "top_k": 2}}
 OPTIONS_OF_MOA = {"moa": OPTIONS["moa"]}
@@ -203,6 +204,20 @@ def test_runs_of_another_recipe_are_not_taken_for_finished(recipe: Recipe, copy:
     longer = replace(recipe, train=replace(recipe.train, steps=6))
     with pytest.raises(RunError, match=r"lora-r6.lr-1e-05-seed-0: made by another recipe \(train.steps was 4, now 6\)"):
         compare_methods(longer, copy, methods=["moa"], learning_rates=[1e-5], options=OPTIONS_OF_MOA)
+
+
+def test_runs_on_other_examples_are_not_mixed_into_one_table(recipe: Recipe, copy: Path, tmp_path: Path) -> None:
+    changed = replace(recipe, tasks=str(shutil.copytree(Path(recipe.tasks).parent, tmp_path / "tasks") / "tasks.yaml"))
+    for run in (RunFolder(file.parent) for file in copy.rglob("recipe.yaml")):
+        run._write_recipe(replace(run.read_recipe(), tasks=changed.tasks))
+    (tmp_path / "tasks" / "home" / "test.jsonl").write_text('{"prompt": "home of the cat", "completion": "land"}\n')
+    made = compare_methods(changed, copy, methods=["moa"], learning_rates=[1e-5], options=OPTIONS_OF_MOA)
+    for label in ("lora r6", "moa"):
+        assert made.results[label][0].run["examples_per_task"] == {"colour": 4, "sound": 4, "home": 1}
+    train = tmp_path / "tasks" / "home" / "train.jsonl"
+    train.write_text(train.read_text().replace("home", "house", 1))
+    with pytest.raises(RunError, match=r"lora-r6/lr-1e-05-seed-0: begun on other tasks \(home changed\)"):
+        compare_methods(changed, copy, methods=["moa"], learning_rates=[1e-5], options=OPTIONS_OF_MOA)
 
 
 @pytest.mark.parametrize("changes", [{"limit": 2}, {"split": "validation"}], ids=["limit", "split"])

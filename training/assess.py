@@ -131,6 +131,7 @@ def results_of(
         "split": config.split,
         "evaluate": to_data(config),
         "split_per_task": {task.name: task.split_used(config.split) for task in tasks},
+        "measured_on": {task.name: task.task.fingerprint_of(task.split_used(config.split)) for task in tasks},
         "examples_per_task": {task.name: int(_any(scores)[task.name]["examples"]) for task in tasks},
     }
     if (waste := run.folder.environment().get("padding_waste")) is not None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from ..support.config import parse, to_data
 from ..support.console import say
 from ..support.errors import ConfigError
 from ..support.files import write_json
-from ..tasks import read_task_configs
+from ..tasks import Task, load_tasks, read_task_configs
 from .assess import RESULTS, read_results
 from .comparison import COMPARISON, Chosen, Comparison, Contender, draw_comparison, show_comparison
 from .evaluate import Scores
 from .loop import SCORE
 from .main_job import evaluate_job
-from .recipe import BaselineConfig, EvaluateConfig, Recipe, TrainConfig
+from .recipe import BaselineConfig, Recipe, TrainConfig
 from .run import load_run, train_run
 from .run_folder import RunFolder
 from .schedule import StageSpan, stage_spans
@@ -61,7 +62,7 @@ def compare_methods(
     Raises:
         ConfigError: for an unknown method or option, a seed or a rate out of range, none at all, one named twice, or
             a recipe that trains a part only.
-        RunError: `folder` holds runs of another recipe.
+        RunError: `folder` holds runs of another recipe, or of other training or validation examples.
     """
     plan = make_plan(recipe, methods=methods, seeds=seeds, learning_rates=learning_rates, options=options or {})
     comparison = _Comparing(recipe, folder, plan).run()
@@ -165,6 +166,11 @@ class _Comparing:
         self.done, self.trained, self.seconds = 0, 0, 0.0
         self.base_scores: Scores | None = None
 
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """As they are now; runs of other examples do not belong into one table with new ones."""
+        return load_tasks(self.recipe.tasks)
+
     def run(self) -> Comparison:
         chosen = []
         for contender in self.plan.contenders:
@@ -184,7 +190,7 @@ class _Comparing:
     def _evaluated(self, contender: Contender, rate: float, seed: int) -> Path:
         """A run with its results, as a path relative to the comparison."""
         path, config = self._train(contender, rate, seed), self.recipe.evaluate
-        if not _is_measured(path, config):
+        if not self._is_measured(path):
             export = self.recipe.export.enabled
             evaluate_job(load_run(path), config, export=export, base_scores=self.base_scores, quiet=True)
         results = read_results(path)
@@ -193,11 +199,22 @@ class _Comparing:
         say(f"{contender.label}, seed {seed}: mean {100 * (mean or 0):.1f}")
         return path.relative_to(self.folder)
 
+    def _is_measured(self, path: Path) -> bool:
+        """Whether a run has results, and on the examples that the recipe asks for."""
+        if not (path / RESULTS).is_file():
+            return False
+        noted, asked = read_results(path).run, to_data(self.recipe.evaluate)
+        if any(noted.get("evaluate", {}).get(key) != asked[key] for key in ("split", "limit")):
+            return False
+        now = {task.name: task.fingerprint_of(noted["split_per_task"][task.name]) for task in self.tasks}
+        return noted.get("measured_on", now) == now
+
     def _train(self, contender: Contender, rate: float, seed: int) -> Path:
         name, recipe = contender.label.replace(" ", "-"), self._recipe(contender, rate, seed)
         run = RunFolder(self.folder / RUNS / name / f"lr-{rate:g}-seed-{seed}")
         if run.is_finished:
             run.open(recipe, resume=True)
+            run.check_tasks(self.tasks)
             return run.path
         started = time.monotonic()
         self.done += 1
@@ -239,11 +256,3 @@ def _last_stage(recipe: Recipe) -> StageSpan:
 
 def _task_names(recipe: Recipe) -> list[str]:
     return [config.name for config in read_task_configs(recipe.tasks)]
-
-
-def _is_measured(path: Path, config: EvaluateConfig) -> bool:
-    """Whether a run has results, and on what `config` asks for."""
-    if not (path / RESULTS).is_file():
-        return False
-    noted, asked = read_results(path).run.get("evaluate", {}), to_data(config)
-    return all(noted.get(key) == asked[key] for key in ("split", "limit"))
