@@ -376,7 +376,7 @@ def _is_copy_of_base(name: str, tensor: Tensor, base: nn.Module) -> bool:
     """Whether a tensor is just what the base has; PEFT saves embeddings along with LoRAs that act on them."""
     own = {key.replace(".base_layer.", "."): parameter for key, parameter in base.named_parameters()}
     parameter = own.get(name.removeprefix(_PREFIX).replace(".base_layer.", "."))
-    if parameter is None or tensor.shape != parameter.shape:
+    if parameter is None or parameter.is_meta or tensor.shape != parameter.shape:
         return False
     return torch.equal(tensor.to(parameter.dtype), parameter.detach().cpu())
 

@@ -32,9 +32,9 @@ from ..training.routes import HEADER, report_routes
 from ..training.run import load_run
 from ..training.run_folder import RunFolder
 from ..training.sizing import BaseShapes, shapes_of
-from .sharing import publish
+from .sharing import diff, info, publish, pull, search
 
-__all__ = ["publish"]
+__all__ = ["diff", "info", "publish", "pull", "search"]
 
 
 def quieten_libraries() -> None:
@@ -106,7 +106,8 @@ def export(arguments: argparse.Namespace) -> None:
         encode_tasks(run),
         arguments.to,
         base=base,
-        only=arguments.task,
+        only=[] if arguments.blend else arguments.task,
+        blends=[_blend(text) for text in arguments.blend or ()],
         allow_lossy=arguments.allow_lossy,
         settings=settings,
     )
@@ -219,6 +220,14 @@ def _option(flag: str, text: str, example: str) -> tuple[str, Any]:
     if not (equals and key):
         raise ConfigError(f"{flag} {text!r}: write it as KEY=VALUE, for example {example}")
     return key, _yaml(flag, text, value)
+
+
+def _blend(text: str) -> dict[str, float]:
+    parts = [part.partition("=") for part in text.split(",")]
+    try:
+        return {task.strip(): float(share) for task, _, share in parts}
+    except ValueError:
+        raise ConfigError(f"--blend {text!r}: write it as TASK=SHARE,..., for example who=0.3,where=0.7") from None
 
 
 def _yaml(flag: str, text: str, value: str) -> Any:

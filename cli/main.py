@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         *(_add_train, _add_evaluate, _add_compare, _add_adapt, _add_export, _add_import),
         *(_add_routes, _add_methods, _add_tasks, _add_base),
-        *(_add_publish,),
+        *(_add_publish, _add_pull, _add_search, _add_info, _add_diff),
         _add_hub,
     ):
         add(commands)
@@ -192,6 +192,7 @@ def _add_export(commands: Commands) -> None:
         """
   loramux export runs/moa --all --to adapters
   loramux export runs/smora --task who --task where --to adapters --allow-lossy
+  loramux export runs/palora --blend who=0.3,where=0.7 --blend who=0.6,where=0.4 --to adapters
   loramux export runs/mine --all --to adapters --base-id HuggingFaceTB/SmolLM2-135M""",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
@@ -199,6 +200,12 @@ def _add_export(commands: Commands) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--task", action="append", metavar="TASK", help="a task to export (may be repeated)")
     which.add_argument("--all", action="store_true", help="export every task")
+    which.add_argument(
+        "--blend",
+        action="append",
+        metavar="TASK=SHARE,...",
+        help="a blend of tasks, its shares summing to one, to DIR/TASK-SHARE-... (may be repeated)",
+    )
     parser.add_argument("--allow-lossy", action="store_true", help="also write exports that lose more than the bound")
     parser.add_argument("--max-kl", type=float, metavar="NATS", help="the bound: divergence per answer token (0.02)")
     parser.add_argument("--rank", type=_positive, metavar="R", help="rank of fitted exports (default: of all experts)")

@@ -2,10 +2,15 @@
 
 import argparse
 
+from ..hub.diff import Difference
+from ..hub.diff import diff as compare
+from ..hub.find import describe
+from ..hub.find import search as list_adapters
 from ..hub.publish import Change, PublishConfig, plan_publication
 from ..hub.publish import publish as publish_change
+from ..hub.pull import pull as fetch
 from ..hub.remote import Remote
-from ..hub.signing import read_private_key
+from ..hub.signing import read_private_key, read_trusted_keys
 from ..support.console import say, show_table
 
 
@@ -43,3 +48,99 @@ def _size(count: int) -> str:
     if count < 1000:
         return f"{count} B"
     return f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1_000_000:.1f} MB"
+
+
+def pull(arguments: argparse.Namespace) -> None:
+    trusted = read_trusted_keys(arguments.trust) if arguments.trust else None
+    pulled = fetch(
+        arguments.repository,
+        Remote(arguments.endpoint),
+        to=arguments.to,
+        base=arguments.base,
+        force_base=arguments.force_base,
+        trusted=trusted,
+    )
+    signed = f", signed by {pulled.signed_by}" if pulled.signed_by else ""
+    say(f"{pulled.repository} at commit {pulled.commit}: {len(pulled.files)} files, every hash right{signed}")
+    if pulled.left:
+        say(f"not fetched (no weights, figures or text): {', '.join(pulled.left)}")
+    for adapter in pulled.adapters:
+        say(f"  {pulled.folder / adapter}")
+
+
+def search(arguments: argparse.Namespace) -> None:
+    remote = Remote(arguments.endpoint)
+    found = list_adapters(
+        remote,
+        arguments.text,
+        base=arguments.base,
+        method=arguments.method,
+        owner=arguments.owner,
+        limit=arguments.limit,
+    )
+    if not found:
+        say(f"{remote.endpoint} has no such adapters")
+        return
+    rows = [[each.repository, each.base, each.method, str(each.downloads), each.updated] for each in found]
+    show_table(f"adapters on {remote.endpoint}", ["repository", "base", "method", "downloads", "changed"], rows)
+
+
+def info(arguments: argparse.Namespace) -> None:
+    found = describe(arguments.repository, Remote(arguments.endpoint))
+    facts = {
+        "commit": found.commit,
+        "changed": found.found.updated,
+        "base": found.found.base,
+        "method": found.found.method,
+        "licence": found.licence,
+        "holds": f"{found.files} files, {_size(found.size)}",
+        "private": "yes" if found.private else "",
+        "signed": "yes; `loramux pull --trust KEYS` checks by whom" if found.is_signed else "no",
+    }
+    say("\n".join([found.repository, *(f"  {name}: {value}" for name, value in facts.items() if value)]))
+    rows = [
+        [
+            adapter.folder,
+            *(adapter.config.facts.get(key, "") for key in ("kind", "rank", "targets")),
+            _size(adapter.size),
+            "; ".join(f"{name} {100 * value:.1f}" for name, value in adapter.scores.items()),
+        ]
+        for adapter in found.adapters
+    ]
+    show_table("adapters", ["folder", "kind", "rank", "targets", "size", "scores, %"], rows)
+
+
+def diff(arguments: argparse.Namespace) -> None:
+    found = compare(arguments.first, arguments.second, Remote(arguments.endpoint))
+    for name, only in ((arguments.first, found.only_first), (arguments.second, found.only_second)):
+        if only:
+            say(f"only in {name}: {', '.join(only)}")
+    for pair in found.pairs:
+        _show_pair(pair, arguments.first, arguments.second, layers=len(found.pairs) == 1)
+
+
+def _show_pair(pair: Difference, first: str, second: str, *, layers: bool) -> None:
+    rows = [[key, *values] for key, values in pair.settings.items()]
+    rows += [[name, *(_percent(value) for value in values)] for name, values in pair.scores.items()]
+    show_table(
+        f"{pair.folder}: {'what differs, and scores in %' if rows else 'same settings'}", ["", first, second], rows
+    )
+    if pair.layers is None:
+        say("weights: only plain LoRAs of one base are compared")
+        return
+    apart = [layer.apart for layer in pair.layers]
+    say(f"weights: {sum(apart) / len(apart):.3g} apart on average, {max(apart):.3g} at most (0 is the same)")
+    if layers:
+        lines = [
+            [layer.name, f"{layer.first:.3g}", f"{layer.second:.3g}", f"{layer.apart:.3g}", _cosine(layer.cosine)]
+            for layer in pair.layers
+        ]
+        show_table("updates by layer", ["layer", "norm", "norm of the other", "apart", "cosine"], lines)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _cosine(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

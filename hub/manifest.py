@@ -8,6 +8,7 @@ from typing import Any
 from .. import __version__
 from ..support.config import config, parse
 from ..support.errors import ConfigError, TrustError
+from ..training.report import COLUMNS
 from .remote import sha256_of, size_of
 from .source import MIXTURE, Source
 
@@ -38,6 +39,11 @@ class PublishedTask:
     metric: str = ""
     scores: dict[str, float]
     examples: list[Shown]
+
+    @property
+    def named_scores(self) -> dict[str, float]:
+        """Scores by metric and column, as the table names it."""
+        return {f"{self.metric}, {COLUMNS.get(column, column)}": value for column, value in self.scores.items()}
 
 
 @config

@@ -92,9 +92,12 @@ class Remote:
         """A text file of a commit; None where it has none of that name."""
         if path not in commit.files:
             return None
+        return self.fetch(repository, commit, path).read_text(encoding="utf-8", errors="replace")
+
+    def fetch(self, repository: str, commit: Commit, path: str) -> Path:
+        """A file of a commit, in the cache."""
         with self.talking(repository):
-            found = self.api.hf_hub_download(repository, path, revision=commit.sha)
-        return Path(found).read_text(encoding="utf-8", errors="replace")
+            return Path(self.api.hf_hub_download(repository, path, revision=commit.sha))
 
     @contextmanager
     def talking(self, repository: str = "", revision: str | None = None) -> Iterator[None]:

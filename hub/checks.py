@@ -1,0 +1,150 @@
+"""Looking at adapters that strangers made, before anything of them is used."""
+
+import json
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..adapters import LoramuxConfig, read_lora
+from ..adapters.lora_folder import CONFIG, WEIGHTS
+from ..bases import base_identity, resolve_base
+from ..support.errors import AdapterError, ConfigError, LoramuxError
+
+_LARGEST_CONFIG = 1 << 20
+LORA, MIXTURE_KIND = "LORA", "LORAMUX"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What a PEFT folder says of itself; nothing of it is checked but that it is there.
+
+    Attributes:
+        kind: PEFT's name of it, such as LORA.
+        data: the whole config.
+    """
+
+    kind: str
+    base: str | None
+    revision: str | None
+    data: dict[str, Any]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What tells two adapters apart, in words."""
+        targets = self.data.get("target_modules")
+        listed = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
+        shown = {
+            "kind": self.kind,
+            "base": self.base or "none",
+            "revision": self.revision or "none",
+            "method": self.data.get("method"),
+            "rank": self.data.get("r", self.data.get("options", {}).get("rank")),
+            "alpha": self.data.get("lora_alpha"),
+            "targets": listed,
+        }
+        return {key: str(value) for key, value in shown.items() if value is not None}
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """Read an adapter_config.json.
+
+    Raises:
+        AdapterError: it is missing, too large, or no config of an adapter.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise AdapterError(f"{path}: {path.stat().st_size} bytes; no adapter's config is larger than 1 MiB")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = data.get("base_model_name_or_path"), data.get("revision")
+        if not isinstance(base, str | None) or not isinstance(revision, str | None):
+            raise AdapterError(f"{path}: its base and revision must be names, got {base!r} and {revision!r}")
+        return AdapterConfig(str(data["peft_type"]), base or None, revision or None, data)
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, LoramuxError):
+            raise
+        raise AdapterError(f"{path}: not readable as the config of an adapter ({type(error).__name__})") from None
+
+
+def skeleton(name: str, revision: str | None = None) -> nn.Module:
+    """A base model without memory for its weights: enough to tell what fits it.
+
+    Raises:
+        ConfigError: its config cannot be found.
+    """
+    source = resolve_base(name)
+    try:
+        wanted = None if Path(source).is_dir() else revision
+        config = AutoConfig.from_pretrained(source, revision=wanted or "main", trust_remote_code=False)
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return model
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"base {name!r}: its config cannot be had, so adapters cannot be checked against it: {reason}\n"
+            "Give a folder with a copy of it (--base FOLDER)"
+        ) from None
+
+
+def names_of(base: str) -> set[str]:
+    """What an adapter of a base may call it."""
+    names = {base, resolve_base(base)}
+    try:
+        return {*names, base_identity(base).name}
+    except ConfigError:
+        return names
+
+
+def check_adapter(folder: Path, base: nn.Module, base_names: Collection[str] = ()) -> None:
+    """Check a PEFT folder against a base: kind, config, names, shapes and numbers.
+
+    Args:
+        base: may be a `skeleton`.
+        base_names: see `read_lora`.
+
+    Raises:
+        AdapterError: it is no plain LoRA and no mixture of loramux, or does not fit the base.
+    """
+    config = read_adapter_config(folder / CONFIG)
+    if config.kind != MIXTURE_KIND:
+        read_lora(folder, base, base_names=base_names)
+        return
+    expected = _shapes_of_mixture(folder, config, base)
+    found = _shapes_in(folder / WEIGHTS)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise AdapterError(
+                f"{folder / WEIGHTS}: tensor {name[:160]!r} has shape {found.get(name, 'none')}; its config and this "
+                f"base want {expected.get(name, 'none')}"
+            )
+
+
+def _shapes_of_mixture(folder: Path, config: AdapterConfig, base: Any) -> dict[str, tuple[int, ...]]:
+    known = {field.name for field in fields(LoramuxConfig)}
+    given = {key: value for key, value in config.data.items() if key in known and key != "peft_type"}
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            fresh = type(base)(base.config)
+            model = get_peft_model(fresh, LoramuxConfig(**given))
+            state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except LoramuxError as error:
+        raise AdapterError(f"{folder}: {error}") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"{folder}: its config does not fit this base ({type(error).__name__}: {error})") from None
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, "pt") as saved:
+            return {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{path}: not a whole safetensors file ({error})") from None

@@ -1,0 +1,222 @@
+"""Pulling: adapters come from a hub to this machine, checked before anything of them is used."""
+
+import glob
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from ..adapters.lora_folder import CONFIG, PICKLED, WEIGHTS
+from ..support.errors import AdapterError, ConfigError, RemoteError, TrustError
+from ..support.files import atomic_folder, write_json
+from .card import CARD
+from .checks import AdapterConfig, check_adapter, names_of, read_adapter_config, skeleton
+from .remote import Commit, Remote, check_name, sha256_of
+from .signing import ATTESTATION, verify
+
+RECORD = "pulled.json"
+_FETCHED = (".safetensors", ".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".png")
+_LARGEST_TEXT = 64 << 20
+_MAY_BE_EDITED = (CARD, ".gitattributes")
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What was fetched.
+
+    Attributes:
+        commit: that it is of, whatever the revision that was asked for was called.
+        folder: where it lies.
+        adapters: its PEFT folders below that.
+        files: SHA-256 by path.
+        left: paths that were not fetched.
+        signed_by: the trusted key that signed it, where one was asked for.
+    """
+
+    repository: str
+    commit: str
+    folder: Path
+    adapters: list[str]
+    files: dict[str, str]
+    left: list[str] = field(default_factory=list)
+    signed_by: str | None = None
+
+
+def pull(
+    name: str,
+    remote: Remote,
+    *,
+    to: Path | None = None,
+    base: str | None = None,
+    force_base: bool = False,
+    trusted: Mapping[str, Ed25519PublicKey] | None = None,
+) -> Pulled:
+    """Fetch a repository of adapters and check it.
+
+    Args:
+        name: `owner/name` or `owner/name@revision`.
+        to: a folder for it; one that an earlier pull made is replaced. None leaves it in the cache.
+        base: the model it is meant for, a Hub id or a folder; None takes the one it names.
+        force_base: take it though it names another base or another revision of it.
+        trusted: keys of which one must have signed it; None asks for no signature.
+
+    Raises:
+        RemoteError: there is no such repository, or it holds no adapters.
+        TrustError: a file is not what the hub says it is, or not what a trusted key signed.
+        AdapterError: an adapter is pickled, of another base, or does not fit it.
+        ConfigError: `to` holds something else, or the base cannot be found.
+    """
+    repository, _, revision = name.partition("@")
+    _refuse_other_folder(to, check_name(repository))
+    commit = remote.commit(repository, revision or None)
+    wanted = [path for path, file in commit.files.items() if _is_wanted(path, file.size)]
+    adapters = _adapter_folders(commit.files, repository)
+    cached = _fetch(repository, commit, wanted, remote)
+    hashes = {path: sha256_of(cached / path) for path in wanted}
+    signed_by = None
+    if trusted is not None:
+        signed_by = _check_signature(repository, cached, hashes, trusted)
+    _check_adapters([cached / folder for folder in adapters], base, force_base)
+    left = sorted(set(commit.files) - set(wanted))
+    pulled = Pulled(repository, commit.sha, cached, adapters, hashes, left, signed_by)
+    return pulled if to is None else _copy(pulled, to, revision, remote.endpoint)
+
+
+def _is_wanted(path: str, size: int) -> bool:
+    """Weights and what people and programs read; no code, no pickles, nothing that leads out of the folder."""
+    parts = PurePosixPath(path).parts
+    if ".." in parts or path.startswith("/") or "\\" in path or ":" in path:
+        return False
+    if not (path.endswith(_FETCHED) or parts[-1] in ("LICENSE", "LICENCE")):
+        return False
+    return path.endswith(".safetensors") or size <= _LARGEST_TEXT
+
+
+def _adapter_folders(paths: Iterable[str], repository: str) -> list[str]:
+    """Every folder with an adapter's config, as seen from the root (`.` for the root itself)."""
+    there = set(paths)
+    folders = sorted(str(PurePosixPath(path).parent) for path in there if PurePosixPath(path).name == CONFIG)
+    if not folders:
+        raise RemoteError(f"{repository}: holds no PEFT adapter (no {CONFIG})")
+    for folder in folders:
+        if str(PurePosixPath(folder) / WEIGHTS) not in there:
+            pickled = str(PurePosixPath(folder) / PICKLED) in there
+            reason = f"its weights are pickled ({PICKLED}), and reading a pickle can run any code" if pickled else ""
+            raise AdapterError(f"{repository}, {folder}: {reason or f'no {WEIGHTS} beside its {CONFIG}'}")
+    return folders
+
+
+def _fetch(repository: str, commit: Commit, paths: list[str], remote: Remote) -> Path:
+    """Files of a commit in the cache, each compared with the hub's hash of it.
+
+    What the cache has wrong, from a disk that failed or a hand that touched it, is fetched anew once.
+    """
+    for again in (False, True):
+        with remote.talking(repository):
+            patterns = [glob.escape(path) for path in paths]
+            found = remote.api.snapshot_download(
+                repository, revision=commit.sha, allow_patterns=patterns, force_download=again
+            )
+        folder = Path(found)
+        wrong = [path for path in paths if not _is_right(folder / path, commit, path)]
+        if not wrong:
+            return folder
+    raise TrustError(
+        f"{repository}: {wrong[0]} is not what {remote.endpoint} says it is (its hash differs), also when fetched again"
+    )
+
+
+def _is_right(path: Path, commit: Commit, name: str) -> bool:
+    return path.is_file() and commit.files[name].is_same(path)
+
+
+def _check_signature(
+    repository: str, folder: Path, hashes: Mapping[str, str], trusted: Mapping[str, Ed25519PublicKey]
+) -> str:
+    text = (folder / ATTESTATION).read_text(encoding="utf-8") if ATTESTATION in hashes else None
+    attestation = verify(text, trusted, repository)
+    if attestation.repository != repository:
+        raise TrustError(f"{repository}: its signature is for {attestation.repository}")
+    signed = {path: digest for path, digest in attestation.files.items() if _is_wanted(path, 0)}
+    found = {path: digest for path, digest in hashes.items() if path not in (*_MAY_BE_EDITED, ATTESTATION)}
+    for path in sorted({*signed, *found}):
+        if path not in signed:
+            raise TrustError(f"{repository}: {path} is not among the files that {attestation.key_id} signed")
+        if signed[path] != found.get(path):
+            change = "differs from" if path in found else "is missing from"
+            raise TrustError(f"{repository}: {path} {change} what {attestation.key_id} signed")
+    return attestation.key_id
+
+
+def _check_adapters(folders: list[Path], base: str | None, force_base: bool) -> None:
+    configs = [read_adapter_config(folder / CONFIG) for folder in folders]
+    name, _, revision = (base or "").partition("@")
+    if not name:
+        name, revision = _common_base(folders, configs)
+    elif not force_base:
+        _refuse_other_base(folders, configs, name, revision)
+    model = skeleton(name, revision or None)
+    for folder in folders:
+        check_adapter(folder, model)
+
+
+def _common_base(folders: list[Path], configs: list[AdapterConfig]) -> tuple[str, str]:
+    names = {config.base for config in configs}
+    revisions = {config.revision for config in configs if config.revision}
+    if len(names) > 1 or len(revisions) > 1 or configs[0].base is None:
+        told = "; ".join(f"{f.name}: {_called(c.base, c.revision)}" for f, c in zip(folders, configs, strict=True))
+        raise AdapterError(f"its adapters do not name one base ({told}); say which (--base MODEL --force-base)")
+    return configs[0].base, revisions.pop() if revisions else ""
+
+
+def _refuse_other_base(folders: list[Path], configs: list[AdapterConfig], name: str, revision: str) -> None:
+    names = names_of(name)
+    for folder, config in zip(folders, configs, strict=True):
+        if config.base is not None and config.base not in names:
+            raise AdapterError(
+                f"{folder.name}: an adapter of {config.base!r}, not of {name!r}; if that is a copy of it, say so "
+                "(--force-base)"
+            )
+        if revision and config.revision and config.revision != revision:
+            raise AdapterError(
+                f"{folder.name}: an adapter of {_called(config.base, config.revision)}, not of its revision "
+                f"{revision!r}; take it nevertheless with --force-base"
+            )
+
+
+def _called(base: str | None, revision: str | None) -> str:
+    return f"{base or 'none'}@{revision}" if revision else base or "none"
+
+
+def _refuse_other_folder(to: Path | None, repository: str) -> None:
+    if to is None or not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    record = read_record(to)
+    if record is None:
+        raise ConfigError(f"{to}: exists and was not pulled; name a new folder")
+    if record.get("repository") != repository:
+        raise ConfigError(f"{to}: holds {record.get('repository')}; name another folder for {repository}")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a pull noted beside the files; None where none did."""
+    try:
+        data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _copy(pulled: Pulled, to: Path, revision: str, endpoint: str) -> Pulled:
+    with atomic_folder(to) as staging:
+        for path in pulled.files:
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(pulled.folder / path, staging / path)
+        noted = {"repository": pulled.repository, "endpoint": endpoint, "revision": revision or "main"}
+        more = {"commit": pulled.commit, "signed_by": pulled.signed_by, "files": pulled.files}
+        write_json(staging / RECORD, {**noted, **more})
+    return Pulled(**{**pulled.__dict__, "folder": to})
