@@ -135,7 +135,7 @@ class Prefill(Batch):
         known = [0 if pairs is None else pairs[0][0].shape[1] for pairs in kept]
         unread = max(len(row.tokens) - count for row, count in zip(rows, known, strict=True))
         starts = [end - len(row.tokens) for row in rows]
-        super().__init__(runner, KvTimeline(runner.layers, starts, end - unread))
+        super().__init__(runner, KvTimeline(runner.layers, starts, end - unread, columns=end))
         self._chunk, self._end = chunk, end
         for number, (row, pairs) in enumerate(zip(rows, kept, strict=True)):
             row.cached_tokens = max(0, len(row.tokens) - unread)

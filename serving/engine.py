@@ -45,6 +45,7 @@ class EngineOptions:
         prefill_chunk: columns of prompts that are read between two decoding steps.
         prefix_bytes: memory for keys and values of finished requests.
         max_waiting: requests that may wait.
+        threads: that compute; 0 for as many as torch has where the engine is made. See `compute_on_one_thread`.
     """
 
     max_rows: int = 32
@@ -53,6 +54,7 @@ class EngineOptions:
     prefill_chunk: int = 256
     prefix_bytes: int = 256 << 20
     max_waiting: int = 1024
+    threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,18 @@ class EngineStats:
     prefix_bytes: int
     steps: int
     tokens: int
+
+
+def compute_on_one_thread() -> int:
+    """Let the calling thread compute alone from now on; returns with how many it did before, for `EngineOptions`.
+
+    OpenMP keeps a team for every thread that computes in parallel. Where all teams together have more threads than the
+    machine has cores, it puts idle ones to sleep at once, and a decoding step takes a third longer. Only the engine's
+    thread should have a team.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return before
 
 
 class Engine:
@@ -114,7 +128,8 @@ class Engine:
         self._arrived: deque[Request] = deque()
         self._to_embed: deque[tuple[list[list[int]], Future[Tensor]]] = deque()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._drop_all = False
+        self._threads = self.options.threads or torch.get_num_threads()
         self._steps = self._tokens = 0
         self._thread = threading.Thread(target=self._loop, name="loramux-engine", daemon=True)
 
@@ -193,10 +208,9 @@ class Engine:
 
     # ------------------------------------------------------------------ the engine's thread
 
-    _drop_all = False
-
     @torch.inference_mode()
     def _loop(self) -> None:
+        torch.set_num_threads(self._threads)
         while self._wait_for_work():
             self._take_arrivals()
             self._drop_unwanted()

@@ -38,13 +38,16 @@ class KvTimeline:
         layers: of the model.
         starts: the column at which each row begins.
         end: the column after the last that is filled. What lies before it is zero until `fill` says otherwise.
+        columns: room to begin with.
     """
 
-    def __init__(self, layers: int, starts: list[int] | None = None, end: int = 0) -> None:
+    def __init__(
+        self, layers: int, starts: list[int] | None = None, end: int = 0, columns: int = _FEWEST_COLUMNS
+    ) -> None:
         self.starts: list[int] = starts or []
         self.end = end
-        self.held_rows = max(len(self.starts), _FEWEST_ROWS)
-        self.held_columns = max(end, _FEWEST_COLUMNS)
+        self.held_rows = len(self.starts) or _FEWEST_ROWS
+        self.held_columns = columns
         self._layers = [_Layer(self) for _ in range(layers)]
         self._cache = Cache(layers=list(self._layers))
 
