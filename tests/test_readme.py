@@ -1,8 +1,11 @@
 """What the README and CONTRIBUTING show works as it stands there."""
 
 import ast
+import os
 import re
 import shlex
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,25 @@ def test_the_method_shown_in_contributing_is_the_real_one() -> None:
 def test_python_shown_is_python(text: str) -> None:
     for block in blocks("python", text):
         ast.parse(block)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_train_publish_and_use_as_written(tmp_path: Path) -> None:
+    """The commands of the section on sharing, in a shell; only the port is a free one."""
+    served, commands = (block for block in blocks("sh") if "hub serve" in block or "loramux publish" in block)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "use.py").write_text(next(block for block in blocks("python") if block.startswith("# use.py")))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    subprocess.run(["loramux", "base", "--to", "tiny"], check=True, cwd=tmp_path, env=environment)
+    hub = subprocess.Popen([*shlex.split(served), "--port", port], cwd=tmp_path, env=environment)
+    try:
+        script = "set -e\n" + commands.replace("8765", port)
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1] == "3 7 12 19"
+    finally:
+        hub.terminate()
+        hub.wait(30)
