@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import uvicorn
 from huggingface_hub import HfApi, constants
 
@@ -26,6 +27,11 @@ class RunningHub:
 
     def client(self, token: str | None = "any") -> HfApi:
         return HfApi(endpoint=self.url, token=token or False)
+
+    def web(self, token: str | None = None) -> httpx.Client:
+        """A client for requests made by hand."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     def stop(self) -> None:
         self._server.should_exit = True

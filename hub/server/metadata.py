@@ -35,7 +35,7 @@ def card_metadata(text: str) -> dict[str, Any]:
     try:
         _refuse_bombs(front)
         data = yaml.load(front, Loader=_LOADER)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         raise CardError(str(error)) from None
     if not isinstance(data, dict | None):
         raise CardError(f"the metadata is not a mapping of names to values but a {type(data).__name__}")

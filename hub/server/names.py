@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import PureWindowsPath
 
 from .errors import HubError
 
@@ -61,12 +62,12 @@ def _is_name(text: str) -> bool:
 def check_path(path: str) -> str:
     """A file's path inside a repo, which must mean the same file on every system that downloads it."""
     parts = path.split("/")
-    wrong = any(part in ("", ".", "..") or part.lower() == ".git" or len(part.encode()) > 255 for part in parts)
-    if wrong or len(path) > 1024 or "\\" in path or not path.isprintable():
+    wrong = any(part in ("", ".", "..") or part.lower() == ".git" or len(part) > 255 for part in parts)
+    if wrong or len(path) > 1024 or "\\" in path or not path.isprintable() or PureWindowsPath(path).drive:
         raise HubError(
             400,
             f"Invalid path {path[:200]!r}: use a relative path with '/' between its parts, "
-            "no '..', no '.git', no backslash, nothing unprintable.",
+            "no '..', no '.git', no drive, no backslash, nothing unprintable.",
         )
     return path
 
