@@ -102,6 +102,15 @@ def test_export_some_and_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "exact" in capsys.readouterr().out
 
 
+def test_export_a_blend(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--blend", "home=0.3,sound=0.7", "--to", str(tmp_path / "blends")]) == 0
+    folder = tmp_path / "blends" / "home-0.3-sound-0.7"
+    report = json.loads((folder / "export.json").read_text())
+    assert (report["task"], report["how"]) == ("0.3 home + 0.7 sound", "exact")
+    assert "# 0.3 home + 0.7 sound" in (folder / "README.md").read_text()
+    assert "0.3 home + 0.7 sound" in capsys.readouterr().out
+
+
 def test_resume_takes_the_runs_own_recipe_and_finishes_what_is_missing(
     inputs: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +189,12 @@ def test_base_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture
         (["evaluate", "{tmp}/none", "--report-only"], "no results.json there"),
         (["export", "{tmp}/none", "--all", "--to", "{tmp}/e"], "not a run folder"),
         (["export", "{run}", "--task", "soud", "--to", "{tmp}/e"], "no task 'soud'; did you mean 'sound'?"),
+        (
+            ["export", "{run}", "--blend", "home=half", "--to", "{tmp}/e"],
+            "as TASK=SHARE,..., for example who=0.3,where",
+        ),
+        (["export", "{run}", "--blend", "soud=1", "--to", "{tmp}/e"], "no task 'soud'; did you mean 'sound'?"),
+        (["export", "{run}", "--blend", "home=0.3,sound=0.6", "--to", "{tmp}/e"], "tasks must sum to one, got [0.9"),
         (["routes", "{tmp}/none"], "not a run folder"),
         (["routes", "{run}", "--task", "soud"], "no task 'soud'; did you mean 'sound'?"),
         (["routes", "{run}/baseline"], "method 'lora' has no router: all is always on, so there are no routes to show"),

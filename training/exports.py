@@ -1,6 +1,7 @@
 """Taking the tasks of a finished run away as plain PEFT LoRAs, and asking stock PEFT what they can do."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import BaseIdentity, ExportConfig, ExportReport, export_task
+from ..adapters.hub import TaskOrBlend
 from ..bases import BUNDLED, base_identity
 from ..support.console import meter
 from ..support.errors import ConfigError, ExportRefused, did_you_mean
@@ -32,48 +34,75 @@ def export_run(
     *,
     base: BaseIdentity,
     only: Sequence[str] | None = None,
+    blends: Sequence[Mapping[str, float]] = (),
     allow_lossy: bool = False,
     settings: ExportConfig | None = None,
     scores: Mapping[str, Mapping[str, float]] | None = None,
 ) -> tuple[dict[str, ExportReport], dict[str, str]]:
-    """Export tasks of a run, each into `folder/<task>`.
+    """Export tasks of a run, each into `folder/<task>`, and blends of tasks, each into `folder/<task>-<share>-...`.
 
     Args:
         tasks: all tasks of the run, encoded.
         base: how the adapters name their base.
         only: the tasks to export; None means all.
+        blends: shares of tasks that sum to one. What they lose is measured on examples of their tasks, by their shares,
+            and by no task's metric.
         allow_lossy: also write exports that lose more than the bound.
         scores: per task named scores for its card, such as `{"base": .1, "matched LoRA": .4}`.
 
     Returns:
-        Reports of what was written, and reasons for what was refused, both by task.
+        Reports of what was written, and reasons for what was refused, both by folder.
 
     Raises:
         ConfigError: for a task the run does not have.
+        AdapterError: for shares that are negative or do not sum to one; nothing is written of that blend.
     """
     settings = settings or ExportConfig()
-    chosen = _chosen(tasks, only)
+    wanted = [_Wanted(task.name, {task.name: 1.0}, (task,)) for task in _chosen(tasks, only)]
+    wanted += [_Wanted(_folder_of(blend), blend, tuple(_chosen(tasks, list(blend)))) for blend in blends]
     reports: dict[str, ExportReport] = {}
     refused: dict[str, str] = {}
-    with meter("export", len(chosen)) as progress:
-        for task in chosen:
+    with meter("export", len(wanted)) as progress:
+        for one in wanted:
             try:
-                reports[task.name] = export_task(
+                reports[one.folder] = export_task(
                     run.model,
-                    task.name,
-                    folder / task.name,
+                    one.task,
+                    folder / one.folder,
                     base=base,
-                    calibration=labelled_batches(run, task, "train", settings.examples),
-                    held_out=labelled_batches(run, task, "validation", _HELD_OUT),
+                    calibration=one.batches(run, "train", settings.examples),
+                    held_out=one.batches(run, "validation", _HELD_OUT),
                     settings=settings,
-                    score=_scorer(run, task),
+                    score=_scorer(run, one.tasks[0]) if len(one.tasks) == 1 else None,
                     allow_lossy=allow_lossy,
-                    card=_card(run, task, base, (scores or {}).get(task.name, {})),
+                    card=_card(run, one.tasks, base, (scores or {}).get(one.folder, {})),
                 )
             except ExportRefused as error:
-                refused[task.name] = str(error)
-            progress.advance(note=task.name)
+                refused[one.folder] = str(error)
+            progress.advance(note=one.folder)
     return reports, refused
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A task, or a blend of tasks, that is to leave."""
+
+    folder: str
+    shares: Mapping[str, float]
+    tasks: tuple[EncodedTask, ...]
+
+    @property
+    def task(self) -> TaskOrBlend:
+        return self.tasks[0].name if self.shares == {self.tasks[0].name: 1.0} else self.shares
+
+    def batches(self, run: TrainedRun, split: str, limit: int) -> list[dict[str, Tensor]]:
+        """Examples of every task, by its share."""
+        listed = ((task, max(1, round(limit * self.shares[task.name]))) for task in self.tasks)
+        return [batch for task, count in listed for batch in labelled_batches(run, task, split, count)]
+
+
+def _folder_of(blend: Mapping[str, float]) -> str:
+    return "-".join(f"{task}-{share:g}" for task, share in blend.items())
 
 
 def identity_of(run: TrainedRun, known_as: str | None = None) -> BaseIdentity:
@@ -165,13 +194,15 @@ def _scorer(run: TrainedRun, task: EncodedTask) -> Callable[[], float] | None:
     return score
 
 
-def _card(run: TrainedRun, task: EncodedTask, base: BaseIdentity, scores: Mapping[str, float]) -> dict[str, Any]:
-    shown = task.examples[task.split_used("test")][:_CARD_EXAMPLES]
+def _card(
+    run: TrainedRun, tasks: Sequence[EncodedTask], base: BaseIdentity, scores: Mapping[str, float]
+) -> dict[str, Any]:
+    shown = [one for task in tasks for one in task.examples[task.split_used("test")][: _CARD_EXAMPLES // len(tasks)]]
     return {
-        "description": task.task.config.description,
+        "description": " ".join(task.task.config.description for task in tasks).strip(),
         "examples": [{"input": example.prompt.strip(), "target": example.target} for example in shown],
         "scores": dict(scores),
-        "split": task.split_used(run.recipe.evaluate.split),
+        "split": tasks[0].split_used(run.recipe.evaluate.split),
         "base_note": _BUNDLED_NOTE if run.recipe.base.model == BUNDLED else "",
         "recipe": public_recipe(run.recipe, base),
     }
