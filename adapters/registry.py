@@ -62,12 +62,16 @@ class MethodConfig:
             sections hold equally many layers, and their branches differ in sizes alone.
         in_blocks: where experts go through feed-forward blocks, the branches of the linears in them; `branches` are
             then those of the others.
+        router_rate, task_logit_rate: how many times as fast as experts its routers learn, and its per-task logits,
+            where a recipe gives no learning rates of their own.
     """
 
     branches: tuple[BranchConfig, ...]
     stages: tuple[StageConfig, ...] = field(default=(StageConfig(),))
     by_depth: tuple[tuple[BranchConfig, ...], ...] = ()
     in_blocks: tuple[BranchConfig, ...] = ()
+    router_rate: float = 1.0
+    task_logit_rate: float = 10.0
 
     def __post_init__(self) -> None:
         if any(branch.through_block for branch in self.branches):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import adapted
 
-from loramux.adapters import StageConfig
+from loramux.adapters import BranchConfig, Dense, MethodConfig, StageConfig, method_config
 from loramux.support.errors import ConfigError
 from loramux.training.batches import rows_of_process
 from loramux.training.optimizer import build_optimizer, clip_gradients, parameter_names, schedule_factor
@@ -41,7 +41,7 @@ def test_every_group_has_its_own_rate_and_only_factors_decay() -> None:
     config = TrainConfig(learning_rate=1e-3, router_learning_rate=5e-4, weight_decay=0.1)
     for method in ("smora", "multilora"):
         hub = adapted(method).base_model
-        optimizer = build_optimizer(hub.parameter_groups(), config)
+        optimizer = build_optimizer(hub.parameter_groups(), config, hub.method())
         for group in optimizer.param_groups:
             for name in group["param_names"]:
                 factor = name.endswith((".down", ".up"))
@@ -51,16 +51,26 @@ def test_every_group_has_its_own_rate_and_only_factors_decay() -> None:
         assert trained == {id(p) for p in hub.parameters() if p.requires_grad}
 
 
-def test_task_logits_take_ten_times_the_learning_rate_unless_told() -> None:
-    logits = {"task_logits": [("table", torch.nn.Parameter(torch.zeros(3, 2)))]}
-    assert build_optimizer(logits, TrainConfig(learning_rate=1e-3)).param_groups[0]["lr"] == pytest.approx(1e-2)
-    told = TrainConfig(learning_rate=1e-3, task_logit_learning_rate=0.1)
-    assert build_optimizer(logits, told).param_groups[0]["lr"] == 0.1
+def test_methods_say_how_fast_what_routes_learns_unless_the_recipe_does() -> None:
+    groups = {name: [(name, torch.nn.Parameter(torch.zeros(3, 2)))] for name in ("experts", "router", "task_logits")}
+    fast = MethodConfig(branches=(BranchConfig(bank=Dense()),), router_rate=3.0, task_logit_rate=50.0)
+    assert rates_of(groups, TrainConfig(learning_rate=1e-3), fast) == pytest.approx([1e-3, 3e-3, 5e-2])
+    told = TrainConfig(learning_rate=1e-3, router_learning_rate=0.2, task_logit_learning_rate=0.1)
+    assert rates_of(groups, told, fast) == [1e-3, 0.2, 0.1]
+    logits = {"task_logits": groups["task_logits"]}
+    for method, rate in (("mtl_lora", 10), ("alter", 10), ("poly", 50), ("mhr", 50)):
+        built = method_config(method, tasks=("one", "other"))
+        assert rates_of(logits, TrainConfig(learning_rate=1e-3), built) == pytest.approx([rate * 1e-3])
+
+
+def rates_of(groups, config: TrainConfig, method: MethodConfig) -> list[float]:
+    optimizer = build_optimizer(groups, config, method)
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 def gradients(*values: torch.Tensor) -> torch.optim.Optimizer:
     groups = {"experts": [(f"e{i}", torch.nn.Parameter(torch.zeros_like(v))) for i, v in enumerate(values)]}
-    optimizer = build_optimizer(groups, TrainConfig())
+    optimizer = build_optimizer(groups, TrainConfig(), method_config("lora", tasks=()))
     for (_, parameter), value in zip(parameter_names(optimizer), values, strict=True):
         parameter.grad = value.clone()
     return optimizer

@@ -92,7 +92,7 @@ class Trainer:
         objective = self.objective = Objective(self.model, self.hub)
         groups = self.hub.parameter_groups()
         self.experts_only = not (groups["router"] or groups["task_logits"])
-        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(groups, self.config))
+        self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(groups, self.config, self.hub.method()))
         if self._resumed_optimizer is not None and span.holds(self.progress.step):
             load_optimizer_state(self.optimizer, self._resumed_optimizer)
         self._resumed_optimizer = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import MethodConfig
 from .answer_logits import Reduction
 from .distributed import full_tensor, rows_like
 from .recipe import TrainConfig
@@ -14,11 +15,14 @@ from .recipe import TrainConfig
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(groups: Mapping[str, NamedParameters], config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    groups: Mapping[str, NamedParameters], config: TrainConfig, method: MethodConfig
+) -> torch.optim.AdamW:
     """AdamW over the parameters of `groups` (experts, router, task_logits) that require a gradient.
 
-    Each group has its own learning rate. Only factor matrices of experts decay: routers, task logits, biases and
-    scales do not (a decayed gate drifts to uniform, a decayed scale to no adapter at all).
+    Each group has its own learning rate: the recipe's, or else what the method says of it. Only factor matrices of
+    experts decay: routers, task logits, biases and scales do not (a decayed gate drifts to uniform, a decayed scale to
+    no adapter at all).
     """
     param_groups = []
     for name, members in groups.items():
@@ -26,19 +30,19 @@ def build_optimizer(groups: Mapping[str, NamedParameters], config: TrainConfig) 
         for decayed in (True, False):
             chosen = [(key, p) for key, p in trained if _decays(name, key, p) == decayed]
             if chosen:
-                rate = learning_rate_of(name, config)
+                rate = learning_rate_of(name, config, method)
                 decay = config.weight_decay if decayed else 0.0
                 settings = {"lr": rate, "peak_lr": rate, "weight_decay": decay, "group": name}
                 param_groups.append({"params": chosen, **settings})
     return torch.optim.AdamW(param_groups)
 
 
-def learning_rate_of(group: str, config: TrainConfig) -> float:
+def learning_rate_of(group: str, config: TrainConfig, method: MethodConfig) -> float:
     """The peak learning rate of a parameter group."""
     if group == "router":
-        return config.router_learning_rate or config.learning_rate
+        return config.router_learning_rate or method.router_rate * config.learning_rate
     if group == "task_logits":
-        return config.task_logit_learning_rate or 10 * config.learning_rate
+        return config.task_logit_learning_rate or method.task_logit_rate * config.learning_rate
     return config.learning_rate
 
 

@@ -55,9 +55,9 @@ class TrainConfig:
     accumulation: int = 1
     learning_rate: float = 2e-3
     router_learning_rate: float | None = None
-    """None: the learning rate."""
+    """None: as the method says, the learning rate in most."""
     task_logit_learning_rate: float | None = None
-    """None: ten times the learning rate (per-task routing tables need larger steps than weights)."""
+    """None: as the method says, 10 to 50 times the learning rate (scores per task need larger steps than weights)."""
     weight_decay: float = 0.0
     warmup_ratio: float = 0.06
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -22,7 +22,7 @@ def mhr(
     """Poly, finer: every one of `splits` blocks of a factor is averaged over the skills with weights of its own.
 
     `splits` must divide the sizes of all adapted linears (the paper's 64 does on T5-XL; grouped-query models want
-    fewer). The scores want a learning rate far above that of the skills. Exports exactly at rank `rank`.
+    fewer). The scores learn 50 times as fast as the skills (the paper: 100 times). Exports exactly at rank `rank`.
     """
     router = RouterConfig(scorer=TaskTable(init_std=1e-3), normaliser=SigmoidShare(sampled=sampled), groups=splits)
     branch = BranchConfig(
@@ -32,4 +32,4 @@ def mhr(
         router=router,
         dropout=dropout,
     )
-    return MethodConfig(branches=(branch,))
+    return MethodConfig(branches=(branch,), task_logit_rate=50.0)
