@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from serving_cases import GREEDY, Answer, generated, packed, route, save_lora, stock_answer, tiny_base
+from engine_cases import GREEDY, Answer, generated, packed, route, save_lora, stock_answer, tiny_base
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MambaForCausalLM, MistralConfig, Qwen2Config
 
 from loramux.adapters import LoramuxConfig
