@@ -22,7 +22,8 @@ def loramoe(
     """LoRA experts mixed per token, one half of them drawn to tasks of world knowledge, the other half to the rest.
 
     `knowledge_tasks` names the former; without it all experts are of one kind. The paper adapts the feed-forward
-    layers alone: set `method.target_modules` to them.
+    layers alone: set `method.target_modules` to them. The scale is 1 at every rank, so that a rank can be compared
+    without its learning rate; the published script's is `alpha=32` at rank 4.
     """
     known = set(knowledge_tasks or ())
     require_known("knowledge_tasks", knowledge_tasks or (), tasks)

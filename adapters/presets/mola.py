@@ -18,7 +18,11 @@ def mola(
     balance_loss: float = 0.01,
     dropout: float = 0.0,
 ) -> MethodConfig:
-    """LoRA experts chosen token by token, more of them in higher layers: one number for each section of the depth."""
+    """LoRA experts chosen token by token, more of them in higher layers: one number for each section of the depth.
+
+    The scale is 1 at every rank, so that a rank can be compared without its learning rate; the paper's is `alpha=16` at
+    rank 8.
+    """
     require_at_most("top_k", top_k, "experts", min(experts, default=0))
     router = RouterConfig(scorer=TokenLinear(), normaliser=TopK(k=top_k), losses=(BalanceLoss(weight=balance_loss),))
     sections = tuple(

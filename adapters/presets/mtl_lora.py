@@ -24,7 +24,8 @@ def mtl_lora(
     """A shared A, a matrix per task at rank `rank`, and B heads mixed by a sharp softmax over the task's own scores.
 
     Exports exactly at rank `rank`, with the same A for all tasks: the cheapest exact export of the family. `core` is
-    the task matrix as the published code has it (`full`) or as the paper's revision says (`diagonal`).
+    the task matrix as the published code has it (`full`) or as the paper's revision says (`diagonal`). The scale is 1
+    at every rank, so that a rank can be compared without its learning rate; the paper's is `alpha=16` at rank 8.
     """
     # The scores' noise is what tells the heads apart: they all start at zero.
     router = RouterConfig(scorer=TaskTable(init_std=0.33), normaliser=Softmax(temperature=temperature))
