@@ -32,9 +32,9 @@ from ..training.routes import HEADER, report_routes
 from ..training.run import load_run
 from ..training.run_folder import RunFolder
 from ..training.sizing import BaseShapes, shapes_of
-from .sharing import diff, info, publish, pull, search
+from .sharing import diff, info, publish, pull, recommend, search
 
-__all__ = ["diff", "info", "publish", "pull", "search"]
+__all__ = ["diff", "info", "publish", "pull", "recommend", "search"]
 
 
 def quieten_libraries() -> None:

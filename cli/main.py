@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (
         *(_add_train, _add_evaluate, _add_compare, _add_adapt, _add_export, _add_import),
         *(_add_routes, _add_methods, _add_tasks, _add_base),
-        *(_add_publish, _add_pull, _add_search, _add_info, _add_diff),
+        *(_add_publish, _add_pull, _add_search, _add_info, _add_diff, _add_recommend),
         _add_hub,
     ):
         add(commands)
@@ -422,6 +422,34 @@ def _add_diff(commands: Commands) -> None:
     )
     parser.add_argument("first", metavar="A", help="a folder, or OWNER/NAME[@REVISION]")
     parser.add_argument("second", metavar="B", help="the same")
+    _add_endpoint(parser)
+
+
+def _add_recommend(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "recommend",
+        "which adapters promise most for a task",
+        "Order published adapters by what they promise for a task: how well each predicts a few of its answers, how\n"
+        "alike its prompts are to theirs, and what was measured on the same data set. Resampling the examples tells\n"
+        "how sure the order is.",
+        """
+  loramux recommend --task mine.yaml --from runs/moa
+  loramux recommend --task mine.yaml --from mia/eight --from tom/numbers --shots 64
+  loramux recommend --task mine.yaml --base HuggingFaceTB/SmolLM2-135M --from intent""",
+    )
+    parser.add_argument("--task", metavar="FILE", required=True, help="a task file with one task, or a folder of data")
+    parser.add_argument(
+        "--from",
+        dest="sources",
+        action="append",
+        default=[],
+        metavar="WHERE",
+        help="a folder, OWNER/NAME, or words to search for (may be repeated; default: all adapters of the base)",
+    )
+    parser.add_argument("--base", metavar="MODEL", help="the base (default: the one that the adapters name)")
+    parser.add_argument("--shots", type=_positive, default=32, metavar="N", help="examples to look at (default: 32)")
+    parser.add_argument("--limit", type=_positive, default=20, metavar="N", help="of each search (default: 20)")
     _add_endpoint(parser)
 
 

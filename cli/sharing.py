@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..bases import load_base
+from ..hub.candidates import gather
 from ..hub.diff import Difference
 from ..hub.diff import diff as compare
 from ..hub.find import describe
@@ -9,9 +11,17 @@ from ..hub.find import search as list_adapters
 from ..hub.publish import Change, PublishConfig, plan_publication
 from ..hub.publish import publish as publish_change
 from ..hub.pull import pull as fetch
+from ..hub.recommend import Recommended
+from ..hub.recommend import recommend as order
 from ..hub.remote import Remote
 from ..hub.signing import read_private_key, read_trusted_keys
 from ..support.console import say, show_table
+from ..support.errors import ConfigError
+from ..tasks import encode_task, load_tasks
+from ..training.answers import positions_of
+from ..training.run import LONGEST
+
+_SURE = 0.9
 
 
 def publish(arguments: argparse.Namespace) -> None:
@@ -136,6 +146,40 @@ def _show_pair(pair: Difference, first: str, second: str, *, layers: bool) -> No
             for layer in pair.layers
         ]
         show_table("updates by layer", ["layer", "norm", "norm of the other", "apart", "cosine"], lines)
+
+
+def recommend(arguments: argparse.Namespace) -> None:
+    tasks = load_tasks(arguments.task)
+    if len(tasks) != 1:
+        names = ", ".join(task.name for task in tasks)
+        raise ConfigError(f"{arguments.task}: holds {len(tasks)} tasks ({names}); name a file with one")
+    choice = gather(arguments.sources, Remote(arguments.endpoint), base=arguments.base, limit=arguments.limit)
+    model, tokenizer = load_base(choice.base, revision=choice.revision)
+    encoded = encode_task(tasks[0], tokenizer, max_length=positions_of(model) or LONGEST)
+    found = order(encoded, choice.candidates, model, tokenizer, shots=arguments.shots)
+    rows = [
+        [
+            each.candidate.name,
+            f"{each.loss:.3f}",
+            f"{each.gain:+.3f}",
+            "" if each.similarity is None else f"{each.similarity:.3f}",
+            _percent(each.measured),
+            f"{each.first:.0%}",
+        ]
+        for each in found
+    ]
+    used = min(arguments.shots, len(encoded.splits["train"]))
+    head = ["adapter", "loss", "better than the base by", "prompts alike", "measured, %", "first in"]
+    show_table(f"for {tasks[0].name}, from {used} of its examples (loss: nats per answer token)", head, rows)
+    say(_verdict(found))
+
+
+def _verdict(found: list[Recommended]) -> str:
+    best = found[0]
+    if best.helps < _SURE:
+        return f"{best.candidate.name} is first, but it may predict no better than the base ({best.helps:.0%} sure)"
+    sure = "sure" if best.first >= _SURE else "not sure: more examples (--shots) would tell more"
+    return f"{best.candidate.name} promises most; first in {best.first:.0%} of resamples of the examples ({sure})"
 
 
 def _percent(value: float | None) -> str:

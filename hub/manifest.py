@@ -31,6 +31,7 @@ class PublishedTask:
     Attributes:
         folder: where in the repository; empty for its root.
         scores: the main metric by column of the results table.
+        dataset: the Hub id of its data, where it has one.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PublishedTask:
     metric: str = ""
     scores: dict[str, float]
     examples: list[Shown]
+    dataset: str | None = None
 
     @property
     def named_scores(self) -> dict[str, float]:
@@ -87,6 +89,7 @@ def make_manifest(source: Source, folders: Sequence[str], files: Mapping[str, Pa
                 metric=adapter.metric,
                 scores=dict(adapter.scores),
                 examples=[Shown(input=e.prompt, answer=e.wanted) for e in adapter.examples],
+                dataset=adapter.dataset,
             )
             for adapter, folder in zip(source.adapters, folders, strict=True)
         ],

@@ -124,6 +124,14 @@ def read_source(place: Path, *, examples: int) -> Source:
     return _exports(place, folders, examples)
 
 
+def read_adapters(place: Path, *, examples: int) -> tuple[Adapter, ...]:
+    """The adapters of a run folder, a folder of exports, or one adapter folder, whatever base they name."""
+    if (place / CONFIG).is_file():
+        return (_adapter(place, examples),)
+    exports = place / EXPORTS if (place / "recipe.yaml").is_file() else place
+    return tuple(_adapter(folder, examples) for folder in adapter_folders(exports))
+
+
 def adapter_folders(place: Path) -> list[Path]:
     """The PEFT folders right below a folder."""
     return sorted(path.parent for path in place.glob(f"*/{CONFIG}") if not path.parent.name.startswith("."))

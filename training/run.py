@@ -31,7 +31,7 @@ from .warm_start import find_earlier, find_loras, start_from
 
 T = TypeVar("T")
 _ONE_THREAD = 4_000_000  # parameters
-_LONGEST = 1024  # tokens, where neither the recipe nor the model's config sets a limit
+LONGEST = 1024  # tokens, where neither the recipe nor the model's config sets a limit
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def encode_all(
     tasks: Sequence[Task], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: nn.Module
 ) -> list[EncodedTask]:
     """The tasks as token ids, without what is longer than the recipe allows, or else than the model takes."""
-    max_length = recipe.train.max_length or positions_of(model) or _LONGEST
+    max_length = recipe.train.max_length or positions_of(model) or LONGEST
     return [encode_task(task, tokenizer, max_length=max_length) for task in tasks]
 
 

@@ -1,0 +1,105 @@
+"""Where adapters to choose from come from: folders, repositories, and searches on a hub."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapters.lora_folder import CONFIG
+from ..support.console import say
+from ..support.errors import ConfigError, LoramuxError
+from .checks import LORA, check_adapter, names_of, read_adapter_config, skeleton
+from .find import search
+from .manifest import MANIFEST, read_manifest
+from .pull import pull
+from .recommend import Candidate
+from .remote import Remote
+from .source import read_adapters
+
+_EXAMPLES = 8
+_BEST_FIRST = ("exported", "named", "auto", "adapted")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Candidates, and the base that all of them are of."""
+
+    base: str
+    revision: str | None
+    candidates: list[Candidate]
+
+
+def gather(sources: Sequence[str], remote: Remote, *, base: str | None = None, limit: int = 20) -> Choice:
+    """The plain LoRAs that sources hold.
+
+    Args:
+        sources: folders, repositories (`owner/name`, `owner/name@revision`), and words to search a hub for; none
+            searches for all adapters of the base.
+        base: a Hub id or a folder; None takes the one that the adapters name. A search needs it.
+        limit: repositories to take from a search.
+
+    Raises:
+        ConfigError: there is no base to search for, or nothing was found.
+        AdapterError: an adapter that was named is of another base or does not fit it. One that a search found is left
+            out instead, and told.
+        RemoteError, TrustError: as for `pull`.
+    """
+    found: list[Candidate] = []
+    for source in sources or ("",):
+        if source and (Path(source).is_dir() or "/" in source):
+            found += _from_place(source, remote, base)
+        else:
+            found += _from_search(source, remote, base, limit)
+    if not found:
+        raise ConfigError(f"no plain LoRAs found in {', '.join(sources) or remote.endpoint}")
+    name, revision = (base, None) if base else _common_base(found)
+    model, names = skeleton(name, revision), names_of(name)
+    for candidate in found:
+        check_adapter(candidate.folder, model, names)
+    return Choice(name, revision, found)
+
+
+def _from_place(source: str, remote: Remote, base: str | None) -> list[Candidate]:
+    folder = Path(source).expanduser()
+    return list(_in_folder(folder if folder.is_dir() else pull(source, remote, base=base).folder, source))
+
+
+def _from_search(text: str, remote: Remote, base: str | None, limit: int) -> Iterator[Candidate]:
+    if base is None:
+        raise ConfigError("say which base to search adapters for (--base MODEL), or name folders or repositories")
+    for hit in search(remote, text or None, base=base, limit=limit):
+        try:
+            yield from _from_place(hit.repository, remote, base)
+        except LoramuxError as error:
+            say(f"left out {hit.repository}: {error}")
+
+
+def _in_folder(folder: Path, called: str) -> Iterator[Candidate]:
+    """The plain LoRAs of a folder, with what its manifest or else their exports tell of them."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        for adapter in read_adapters(folder, examples=_EXAMPLES):
+            if _is_lora(adapter.folder):
+                name = called if adapter.folder == folder else str(adapter.folder)
+                yield Candidate(name, adapter.folder, tuple(example.prompt for example in adapter.examples))
+        return
+    manifest = read_manifest(path.read_text(encoding="utf-8"), called)
+    for task in manifest.tasks if manifest else ():
+        if _is_lora(folder / task.folder):
+            name = f"{called}/{task.folder}" if task.folder else called
+            score = next((task.scores[column] for column in _BEST_FIRST if column in task.scores), None)
+            scores = {task.dataset: score} if task.dataset and score is not None else {}
+            yield Candidate(name, folder / task.folder, tuple(example.input for example in task.examples), scores)
+
+
+def _is_lora(folder: Path) -> bool:
+    return read_adapter_config(folder / CONFIG).kind == LORA
+
+
+def _common_base(found: Sequence[Candidate]) -> tuple[str, str | None]:
+    configs = [read_adapter_config(candidate.folder / CONFIG) for candidate in found]
+    named = {config.base for config in configs}
+    if len(named) > 1 or None in named:
+        told = "; ".join(f"{c.name}: {config.base or 'none'}" for c, config in zip(found, configs, strict=True))
+        raise ConfigError(f"the adapters do not name one base ({told}); say which (--base MODEL)")
+    revisions = {config.revision for config in configs if config.revision}
+    return str(configs[0].base), revisions.pop() if len(revisions) == 1 else None
