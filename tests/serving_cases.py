@@ -1,91 +1,85 @@
-"""What the tests of the server share: a tiny base, adapters for it, and what stock PEFT answers with them."""
+"""A real server on the base that ships, with small random adapters, in a thread of this process."""
 
 import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import httpx
+from engine_cases import generated, save_lora, stock_answer, tiny_base
 
-from loramux.adapters.lora_folder import read_lora
-from loramux.bases import load_base
-from loramux.serving.factors import FactorLayout, PackedLora
-from loramux.serving.request import BASE, Chunk, Event, Failed, Finished, Request, Route, Sampling
+from loramux.bases import BUNDLED
+from loramux.serving.api.service import Service
+from loramux.serving.config import ServeConfig
+from loramux.serving.engine import Engine
+from loramux.serving.launch import open_service
+from loramux.serving.server import Server, listen
+from loramux.support.config import parse
 
-GREEDY = Sampling(max_tokens=8, temperature=0.0)
+PROMPT = "Mia hid the red cup in the garden.\n"
 
 
-def tiny_base():
-    return load_base("loramux/tiny")
-
-
-def save_lora(
-    folder: Path, base, seed: int, rank: int = 4, targets: str | list[str] = "all-linear", size: float = 0.3
-) -> Path:
-    """A LoRA folder by stock PEFT, with random factors that are large enough to change answers."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(
-                parameter, std=size / rank**0.5 / (1 if "lora_B" in name else parameter.shape[1] ** 0.5)
-            )
-    model.save_pretrained(folder)
-    model.unload()
+def write_loras(folder: Path, *names: str) -> Path:
+    """Random LoRAs on the base that ships, by its public name, loud enough to change what it says."""
+    base, _ = tiny_base()
+    base.name_or_path = BUNDLED
+    for seed, name in enumerate(names):
+        save_lora(folder / name, base, seed)
     return folder
 
 
-def packed(folder: Path, base, layout: FactorLayout) -> PackedLora:
-    return layout.pack(read_lora(folder, base).factors, base.dtype)
+def stock_text(adapter: Path | None, prompt: str = PROMPT, tokens: int = 8) -> str:
+    """What stock transformers and PEFT say with an adapter, greedily."""
+    base, tokenizer = tiny_base()
+    ids = tokenizer(prompt)["input_ids"]
+    made = generated(base, ids, tokens) if adapter is None else stock_answer(base, adapter, ids, tokens)
+    return tokenizer.decode(made, skip_special_tokens=True)
 
 
-def route(name: str, *parts: tuple[PackedLora, float]) -> Route:
-    return Route(name=name, weights="+".join(f"{id(lora)}*{share}" for lora, share in parts) or name, parts=parts)
+@dataclass
+class Live:
+    """A server that runs."""
+
+    url: str
+    service: Service
+    engine: Engine
+    server: Server
+    thread: threading.Thread
+
+    def call(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return httpx.request(method, f"{self.url}{path}", timeout=60, **options)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        """A greedy completion of the usual prompt, unless the body says otherwise."""
+        return self.call("POST", "/v1/completions", json={"prompt": PROMPT, "max_tokens": 8, "temperature": 0, **body})
 
 
-@torch.inference_mode()
-def generated(model, prompt: list[int], new: int) -> list[int]:
-    """What stock generate answers greedily."""
-    ids = torch.tensor([prompt])
-    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-    return output[0, len(prompt) :].tolist()
-
-
-def stock_answer(base, folder: Path, prompt: list[int], new: int = 8) -> list[int]:
-    model = PeftModel.from_pretrained(base, folder)
+@contextmanager
+def live_server(environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[Live]:
+    """Start a server on a free port, and stop it at the end."""
+    config = parse(ServeConfig, {"base": BUNDLED, "port": 0, **settings}, where="settings")
+    service, engine = open_service(config, environment or {})
+    listener = listen(config)
+    engine.start()
+    server = Server(service, engine)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
     try:
-        return generated(model, prompt, new)
+        yield Live(f"http://127.0.0.1:{listener.getsockname()[1]}", service, engine, server, thread)
     finally:
-        model.unload()
+        server.should_exit = True
+        thread.join(20)
+        engine.stop(drain=False, timeout_s=10)
+        service.close()
 
 
-class Answer:
-    """Collects the events of one request."""
-
-    def __init__(self, engine, prompt: list[int], sampling: Sampling = GREEDY, where: Route = BASE, **kwargs) -> None:
-        self.events: list[Event] = []
-        self._done = threading.Event()
-        self.request = Request(prompt, sampling, where, self._take, **kwargs)
-        engine.submit(self.request)
-
-    def _take(self, event: Event) -> None:
-        self.events.append(event)
-        if not isinstance(event, Chunk):
-            self._done.set()
-
-    def wait(self, timeout: float = 60) -> "Answer":
-        assert self._done.wait(timeout), "no answer"
-        return self
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.wait().events if isinstance(event, Chunk))
-
-    @property
-    def last(self) -> Finished | Failed:
-        return self.wait().events[-1]
-
-    @property
-    def tokens(self) -> list[int]:
-        """The chosen tokens; for requests that asked for logprobs."""
-        return [t.token for event in self.wait().events if isinstance(event, Chunk) for t in event.tokens]
+def wait_for(condition: Any, seconds: float = 20) -> None:
+    """Wait until something holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.01)

@@ -1,0 +1,98 @@
+"""What the routes share: the parts behind them, the base's text, and who may come in."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from ..config import ServeConfig
+from ..keys import Keys
+from ..metrics import Gauges, Metrics
+from ..ports import Chooser, Engine, Store
+from .admission import Admission
+
+T = TypeVar("T")
+_STORE_THREADS = 16
+
+
+@dataclass
+class Service:
+    """Everything that is served.
+
+    Attributes:
+        base: the name of the base, which adapters have as their parent.
+        vocabulary: how many tokens the base knows.
+        mixtures: hosted mixtures, each with the tasks one of which a request has to name.
+        chooser: the automatic choice, where there is one.
+    """
+
+    config: ServeConfig
+    engine: Engine
+    store: Store
+    tokenizer: Any
+    base: str
+    vocabulary: int
+    keys: Keys
+    mixtures: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    chooser: Chooser | None = None
+
+    def __post_init__(self) -> None:
+        self.started = int(time.time())
+        self.admission = Admission(self.config.memory.slots, self.config.limits.queue)
+        self.metrics = Metrics(self.gauges, self.config.limits.adapter_labels)
+        self._store_threads = ThreadPoolExecutor(_STORE_THREADS, "loramux-store")
+        # One thread: the tokenizer must not be used twice at a time.
+        self._text_thread = ThreadPoolExecutor(1, "loramux-text")
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        return (self.base, "base")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    async def with_store(self, work: Callable[[], T]) -> T:
+        """Run something that may read from disk, or wait, beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._store_threads, work)
+
+    async def with_text(self, work: Callable[[], T]) -> T:
+        """Run something that uses the tokenizer."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, work)
+
+    def prompt_limit(self) -> int:
+        """Tokens that a prompt may have."""
+        return min(self.config.limits.prompt_tokens or self.engine.max_length, self.engine.max_length - 1)
+
+    def gauges(self) -> Gauges:
+        """What there is at the moment, for the metrics."""
+        stats = self.engine.stats()
+        adapters = self.store.list()
+        resident = [one.nbytes for one in adapters if one.state == "memory"]
+        queue: dict[str, float] = {}
+        for name, waiting in stats.waiting_by_name.items():
+            label = self.metrics.label(name)
+            queue[label] = queue.get(label, 0) + waiting
+        return {
+            "answers_running": ("Answers in slots", None, {"": stats.running + stats.prefilling}),
+            "answers_waiting": ("Answers that wait for a slot, by adapter", "adapter", queue),
+            "slots": ("Slots for answers", None, {"": self.config.memory.slots}),
+            "cache_tokens": ("Tokens that running answers may come to need", None, {"": stats.cache_tokens}),
+            "prefix_bytes": ("Keys and values kept of finished answers", None, {"": stats.prefix_bytes}),
+            "adapters": ("Adapters that are served", None, {"": len(adapters)}),
+            "adapters_in_memory": ("Adapters in host memory", None, {"": len(resident)}),
+            "adapter_bytes": ("Host memory of adapters", None, {"": sum(resident)}),
+        }
+
+    def close(self) -> None:
+        self._store_threads.shutdown(wait=False)
+        self._text_thread.shutdown(wait=False)
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a request, as a dependency of its route."""
+    return request.app.state.service
