@@ -181,8 +181,8 @@ class Accounts:
             connection.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?)", (name, is_organization))
             row = connection.execute("SELECT is_organization FROM accounts WHERE name = ?", (name,)).fetchone()
         if bool(row["is_organization"]) != is_organization:
-            wanted, there = ("organisation", "user") if is_organization else ("user", "organisation")
-            raise ConfigError(f"{name!r} is the name of a {there} already: take another for the {wanted}")
+            wanted, there = ("organisation", "a user") if is_organization else ("user", "an organisation")
+            raise ConfigError(f"{name!r} is the name of {there} already: take another for the {wanted}")
 
 
 def _digest(secret: str) -> bytes:
