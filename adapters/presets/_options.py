@@ -2,12 +2,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from ...routing import FixedTable, Identity, RouterConfig, identity_rows
 from ...support.errors import did_you_mean
 
 
 def scale(alpha: float | None, rank: int) -> float:
     """LoRA's factor on the delta; without an alpha it is 1."""
     return 1.0 if alpha is None else alpha / rank
+
+
+def to_own_expert(tasks: Sequence[str], *, shared: bool = False) -> RouterConfig:
+    """Every task has the expert of its own number, and a blend of tasks mixes those."""
+    return RouterConfig(scorer=FixedTable(rows=identity_rows(len(tasks))), normaliser=Identity(), shared=shared)
 
 
 def require_at_most(small_name: str, small: int, large_name: str, large: int) -> None:

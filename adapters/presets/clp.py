@@ -1,10 +1,9 @@
 from pydantic import PositiveInt
 
-from ...routing import FixedTable, Identity, RouterConfig, identity_rows
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, StageConfig, TaskNames, register_method
-from ._options import scale
+from ._options import scale, to_own_expert
 
 
 @register_method("clp", paper="Wang et al. 2024, Conditional Language Policy, arXiv:2407.15762")
@@ -17,7 +16,7 @@ def clp(tasks: TaskNames, *, rank: PositiveInt = 8, alpha: float | None = None, 
     branch = BranchConfig(
         bank=Dense(experts=len(tasks), rank=rank),
         scaling=scale(alpha, rank),
-        router=RouterConfig(scorer=FixedTable(rows=identity_rows(len(tasks))), normaliser=Identity()),
+        router=to_own_expert(tasks),
         dropout=dropout,
     )
     return MethodConfig(branches=(branch,), stages=(StageConfig(preferences="uniform", reduction="task"),))

@@ -1,11 +1,10 @@
 from pydantic import PositiveInt
 
-from ...routing import FixedTable, Identity, RouterConfig, identity_rows
 from ..branch import BranchConfig
 from ..cores import InnerMix
 from ..generated import Hyper
 from ..registry import MethodConfig, TaskNames, register_method
-from ._options import numbered, scale
+from ._options import numbered, scale, to_own_expert
 
 
 @register_method("hyperx", paper="Ustun et al. 2022, Hyper-X, arXiv:2205.12148")
@@ -44,7 +43,7 @@ def hyperx(
         bank=bank,
         core=InnerMix(),
         scaling=scale(alpha, rank),
-        router=RouterConfig(scorer=FixedTable(rows=identity_rows(len(tasks))), normaliser=Identity(), shared=True),
+        router=to_own_expert(tasks, shared=True),
         dropout=dropout,
     )
     return MethodConfig(branches=(branch,))

@@ -1,10 +1,10 @@
 from pydantic import PositiveInt
 
-from ...routing import FixedTable, Identity, RouterConfig, identity_rows
+from ...routing import FixedTable, Identity, RouterConfig
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, TaskNames, register_method
-from ._options import per_task, scale
+from ._options import per_task, scale, to_own_expert
 
 
 @register_method("madx", paper="Pfeiffer et al. 2020, MAD-X (parallel low-rank form), arXiv:2005.00052")
@@ -35,7 +35,7 @@ def madx(
     task = BranchConfig(
         bank=Dense(experts=len(tasks), rank=rank),
         scaling=scale(alpha, rank),
-        router=RouterConfig(scorer=FixedTable(rows=identity_rows(len(tasks))), normaliser=Identity()),
+        router=to_own_expert(tasks),
         dropout=dropout,
     )
     return MethodConfig(branches=(language, task))

@@ -1,9 +1,9 @@
 from pydantic import PositiveInt
 
-from ...routing import FixedTable, Identity, RouterConfig, identity_rows
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, TaskNames, register_method
+from ._options import to_own_expert
 
 
 @register_method("mtlora", paper="Agiza et al. 2024, MTLoRA, CVPR 2024, arXiv:2403.20320")
@@ -20,9 +20,8 @@ def mtlora(
     This is the paper's `matrixv2`, the form with one stream; `scaling` is its factor on both. Exports exactly, at rank
     `rank + task_rank`.
     """
-    own = RouterConfig(scorer=FixedTable(rows=identity_rows(len(tasks))), normaliser=Identity())
     shared_branch = BranchConfig(bank=Dense(rank=rank), scaling=scaling, dropout=dropout)
     own_branch = BranchConfig(
-        bank=Dense(experts=len(tasks), rank=task_rank), scaling=scaling, router=own, dropout=dropout
+        bank=Dense(experts=len(tasks), rank=task_rank), scaling=scaling, router=to_own_expert(tasks), dropout=dropout
     )
     return MethodConfig(branches=(shared_branch, own_branch))

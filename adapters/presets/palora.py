@@ -1,10 +1,9 @@
 from pydantic import PositiveInt
 
-from ...routing import FixedTable, Identity, RouterConfig, identity_rows
 from ..banks import Dense
 from ..branch import BranchConfig
 from ..registry import MethodConfig, StageConfig, TaskNames, register_method
-from ._options import scale
+from ._options import scale, to_own_expert
 
 
 @register_method("palora", paper="Dimitriadis et al. 2024, Pareto Low-Rank Adapters, arXiv:2407.08056")
@@ -24,10 +23,12 @@ def palora(
     `routing_tasks={"a": 0.3, "b": 0.7}` is any other, and exports exactly. Beside them acts a LoRA of `shared_rank`
     for all tasks, in the part of the paper's trained weights.
     """
-    router = RouterConfig(scorer=FixedTable(rows=identity_rows(len(tasks))), normaliser=Identity())
     shared_branch = BranchConfig(bank=Dense(rank=shared_rank), scaling=scale(alpha, shared_rank), dropout=dropout)
     preferred = BranchConfig(
-        bank=Dense(experts=len(tasks), rank=rank), scaling=scale(alpha, rank), router=router, dropout=dropout
+        bank=Dense(experts=len(tasks), rank=rank),
+        scaling=scale(alpha, rank),
+        router=to_own_expert(tasks),
+        dropout=dropout,
     )
     stage = StageConfig(preferences="annealed" if annealed else "uniform", reduction="task")
     return MethodConfig(branches=(shared_branch, preferred), stages=(stage,))

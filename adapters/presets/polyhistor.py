@@ -1,11 +1,10 @@
 from pydantic import PositiveInt
 
-from ...routing import FixedTable, Identity, RouterConfig, identity_rows
 from ..branch import BranchConfig
 from ..cores import InnerMix
 from ..generated import Template
 from ..registry import MethodConfig, TaskNames, register_method
-from ._options import scale
+from ._options import scale, to_own_expert
 
 
 @register_method("polyhistor", paper="Liu et al. 2022, Polyhistor, arXiv:2210.03265")
@@ -37,7 +36,7 @@ def polyhistor(
         bank=bank,
         core=InnerMix(),
         scaling=scale(alpha, rank),
-        router=RouterConfig(scorer=FixedTable(rows=identity_rows(len(tasks))), normaliser=Identity(), shared=True),
+        router=to_own_expert(tasks, shared=True),
         dropout=dropout,
     )
     return MethodConfig(branches=(branch,))
