@@ -44,10 +44,6 @@ class Bank(nn.Module):
         """Make the experts new, as far as they are not in common."""
         raise NotImplementedError
 
-    def average_experts(self) -> None:
-        """Make every expert the mean of all, number by number, as far as they are not in common."""
-        raise NotImplementedError
-
 
 class Common(nn.Module):
     """What the banks of all layers have in common, and the hub holds.
@@ -60,11 +56,6 @@ class Common(nn.Module):
     def reset_parameters(self) -> None:
         """Make what is in common new."""
         raise NotImplementedError
-
-    def average_experts(self) -> None:
-        """Give all tasks the mean of their codes."""
-        for name in self.codes:
-            _average(self.get_parameter(name), dim=0)
 
 
 class BankConfig(Protocol):
@@ -204,10 +195,6 @@ class DenseBank(Bank):
             # B is drawn as LoRA would draw an (out_features, rank) matrix: its fan-in is the rank.
             nn.init.uniform_(self.up, -1 / math.sqrt(self.up.shape[1]), 1 / math.sqrt(self.up.shape[1]))
 
-    def average_experts(self) -> None:
-        for parameter in self.parameters():
-            _average(parameter, dim=0)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up if self.scale is None else self.up * self.scale.unsqueeze(1)
 
@@ -232,10 +219,6 @@ class TensorProductBank(Bank):
         nn.init.uniform_(self.down, -bound, bound)
         nn.init.uniform_(self.up[:-1].data, -math.sqrt(3), math.sqrt(3))
         nn.init.zeros_(self.up[-1].data)
-
-    def average_experts(self) -> None:
-        for parameter in self.parameters():
-            _average(parameter, dim=1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return _product(self.down, self.in_features), _product(self.up, self.out_features)
@@ -270,9 +253,6 @@ class TensorTrainBank(Bank):
                 nn.init.normal_(core, std=deviation)
         nn.init.zeros_(self.up[-1])
 
-    def average_experts(self) -> None:
-        """There is one."""
-
     def factors(self) -> tuple[Tensor, Tensor]:
         down, up = _contract(self.down, self.in_features), _contract(self.up, self.out_features)
         return down.unsqueeze(0), up.unsqueeze(0)
@@ -303,9 +283,6 @@ class CoredBank(Bank):
         with torch.no_grad():
             self.cores.add_(torch.eye(self.cores.shape[-1], device=self.cores.device))
 
-    def average_experts(self) -> None:
-        _average(self.cores, dim=0)
-
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.cores @ self.up
 
@@ -319,11 +296,6 @@ def require_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} (={value}) must be at least 1")
-
-
-@torch.no_grad()
-def _average(parameter: nn.Parameter, *, dim: int) -> None:
-    parameter.copy_(parameter.mean(dim, keepdim=True).expand_as(parameter))
 
 
 def _root(features: int, order: int) -> int:

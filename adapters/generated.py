@@ -108,9 +108,6 @@ class GeneratedBank(Bank):
     def share(self, common: Common) -> None:
         self._common = (common,)
 
-    def average_experts(self) -> None:
-        """They differ in their codes, which are in common."""
-
     def factors(self) -> tuple[Tensor, Tensor]:
         own = next(self.parameters())
         return self.blended(torch.eye(self.experts, dtype=own.dtype, device=own.device))

@@ -395,9 +395,6 @@ class LoramuxModel(BaseTuner):
         adapter = self.active_adapters[0]
         branches = self._branches()
         experts: list[Bank | Common] = [*(branch.bank for branch in branches), *self.common_banks(adapter).values()]
-        if "average_experts" in stage.after:
-            for part in experts:
-                part.average_experts()
         if "reset_experts" in stage.after:
             for part in experts:
                 part.reset_parameters()

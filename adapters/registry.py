@@ -37,8 +37,8 @@ class StageConfig:
         preferences: a blend of tasks is drawn at every step, which both routes every row and weights the tasks' losses.
             `annealed` goes from even blends to single tasks; `uniform` draws from the whole simplex.
         consistency: weight of the divergence between two passes whose routers draw at random anew.
-        after: what happens to the adapter when the stage has ended. `average_experts` makes all experts their mean,
-            `reset_experts` makes them new, `fit_prototypes` sets the prototypes of routers that have some.
+        after: what happens to the adapter when the stage has ended. `reset_experts` makes all experts new,
+            `fit_prototypes` sets the prototypes of routers that have some.
     """
 
     name: str = "train"
@@ -48,7 +48,7 @@ class StageConfig:
     reduction: Literal["token", "task"] = "token"
     preferences: Literal["annealed", "uniform"] | None = None
     consistency: float = 0.0
-    after: tuple[Literal["average_experts", "reset_experts", "fit_prototypes"], ...] = ()
+    after: tuple[Literal["reset_experts", "fit_prototypes"], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

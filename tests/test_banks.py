@@ -93,30 +93,6 @@ def test_resetting_makes_experts_new(config):
     assert all(torch.equal(parameter, again[name]) for name, parameter in bank.named_parameters())
 
 
-@pytest.mark.parametrize(
-    ("config", "experts_at"),
-    [
-        (BANKS["dense"], {"down": 0, "up": 0}),
-        (BANKS["shared A"], {"down": 0, "up": 0}),
-        (BANKS["scaled"], {"down": 0, "up": 0, "scale": 0}),
-        (BANKS["products of 2"], {"down": 1, "up": 1}),
-        (BANKS["products of 4"], {"down": 1, "up": 1}),
-        (BANKS["train"], {}),
-        (BANKS["cores"], {"cores": 0}),
-    ],
-)
-def test_averaging_makes_all_experts_their_mean_and_leaves_what_they_share(config, experts_at):
-    bank = scrambled(built(config))
-    before = {name: parameter.detach().clone() for name, parameter in bank.named_parameters()}
-    bank.average_experts()
-    for factor in bank.factors():
-        assert torch.equal(factor, factor[:1].expand_as(factor))
-    for name, parameter in bank.named_parameters():
-        old = before[name]
-        mean = old.mean(experts_at[name], keepdim=True) if name in experts_at else old
-        assert torch.equal(parameter, mean.expand_as(old))
-
-
 def test_scales_multiply_the_outputs_of_their_expert():
     bank = scrambled(built(Dense(experts=3, rank=2, output_scale=True)))
     expected = torch.stack([bank.scale[e][:, None] * (bank.up[e].T @ bank.down[e]) for e in range(3)])

@@ -145,14 +145,6 @@ def test_experts_start_anew_between_stages_and_routes_stay(places, tmp_path):
     assert seen.moved(4, 5) == {"bank"}
 
 
-def test_averaging_after_a_stage_makes_experts_alike():
-    model = with_random_experts("poly")
-    model.base_model.finish_stage(StageConfig(after=("average_experts",)), lambda: ())
-    for layer in model.base_model.layers().values():
-        for factor in layer.branches("default")[0].bank.factors():
-            assert torch.equal(factor, factor[:1].expand_as(factor))
-
-
 @pytest.fixture(scope="module")
 def retriever(places, tmp_path_factory) -> TrainedRun:
     folder = tmp_path_factory.mktemp("retriever") / "run"
