@@ -4,6 +4,6 @@
 loramux.bases.pretrain` made the bundled weights, on text from `corpus.py`.
 """
 
-from .load import BUNDLED, BaseIdentity, base_identity, load_base, resolve_base, write_base
+from .load import BUNDLED, BaseIdentity, base_identity, load_base, load_tokenizer, resolve_base, write_base
 
-__all__ = ["BUNDLED", "BaseIdentity", "base_identity", "load_base", "resolve_base", "write_base"]
+__all__ = ["BUNDLED", "BaseIdentity", "base_identity", "load_base", "load_tokenizer", "resolve_base", "write_base"]

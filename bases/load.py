@@ -27,6 +27,7 @@ BUNDLED = "loramux/tiny"
 
 _BUNDLED_FOLDER = Path(__file__).parent / "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 _CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<revision>[0-9a-f]{40})/?$")
 
 
@@ -76,13 +77,23 @@ def load_base(
     options = {"revision": _checked_revision(name, source, revision), "trust_remote_code": False}
     weights = _floating(dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except _UNREADABLE as error:
+        raise _explained(name, source, error) from error
+    return model.to(device).eval(), load_tokenizer(name, revision=revision)
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base alone; arguments and errors are those of `load_base`."""
+    source = resolve_base(name)
+    revision = _checked_revision(name, source, revision)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except _UNREADABLE as error:
         raise _explained(name, source, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return tokenizer
 
 
 def base_identity(name: str | Path, *, revision: str | None = None, known_as: str | None = None) -> BaseIdentity:

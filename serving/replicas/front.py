@@ -1,0 +1,193 @@
+"""What stands before the replicas: the ports of the HTTP side, answered by handles of Ray Serve."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from threading import Lock
+from typing import Any
+
+from ray.exceptions import RayTaskError
+from torch import Tensor
+
+from ...support.errors import did_you_mean
+from ..engine import EngineStats
+from ..errors import ServingError
+from ..generations import AdapterInfo, Lease
+from ..request import Event, Failed, Finished, Request
+from .replica import BaseFacts, Content, RemoteRoute
+
+_CANCEL_S = 0.1
+_THREADS = 16
+
+
+def call(work: Callable[[], Any]) -> Any:
+    """Ask a replica and wait for what it says; its refusals are ours."""
+    try:
+        return work()
+    except RayTaskError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: RayTaskError) -> Exception:
+    return error.cause if isinstance(error.cause, ServingError) else error
+
+
+class RemoteEngine:
+    """Answers are made by whichever replica Ray chooses: one that has the adapter in memory, if it is not too busy."""
+
+    is_alive = True
+
+    def __init__(self, replicas: Any, facts: BaseFacts) -> None:
+        self._replicas, self._facts = replicas, facts
+        self._threads = ThreadPoolExecutor(_THREADS, "loramux-replicas")
+        self._running: set[asyncio.Task[None]] = set()
+        self._finished = self._tokens = 0
+
+    @property
+    def max_length(self) -> int:
+        return self._facts.max_length
+
+    def submit(self, request: Request) -> None:
+        """Send a request on; called in the event loop."""
+        task = asyncio.get_running_loop().create_task(self._answer(request))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def embed(self, prompts: list[list[int]]) -> "Future[Tensor]":
+        return self._threads.submit(lambda: call(self._replicas.embed.remote(prompts).result))
+
+    def stats(self) -> EngineStats:
+        """Of the front; what waits in replicas is in Ray's own metrics."""
+        return EngineStats(len(self._running), 0, 0, {}, 0, 0, self._finished, self._tokens)
+
+    async def _answer(self, request: Request) -> None:
+        contents = getattr(request.route, "contents", ())
+        seconds = None if request.deadline is None else request.deadline - time.monotonic()
+        handle = self._replicas.options(stream=True, multiplexed_model_id=contents[0][0].generation if contents else "")
+        events = handle.answer.remote(
+            request.prompt, request.sampling, request.route.name, contents, seconds, request.streams
+        )
+        watch = asyncio.get_running_loop().create_task(_cancel_with(request, events))
+        last: Event = Finished("cancelled", len(request.prompt), 0)
+        try:
+            async for event in events:
+                last = event
+                if isinstance(event, Finished):
+                    self._tokens += event.completion_tokens
+                request.emit(event)
+        except RayTaskError as error:
+            refusal = _refusal(error)
+            code = refusal.code if isinstance(refusal, ServingError) else "engine_error"
+            request.emit(Failed(code, str(refusal)))
+        except asyncio.CancelledError:
+            request.emit(Finished("cancelled", len(request.prompt), 0))
+        else:
+            if not isinstance(last, Finished | Failed):
+                request.emit(Failed("engine_error", "the replica ended before the answer did"))
+        finally:
+            watch.cancel()
+            self._finished += 1
+
+
+async def _cancel_with(request: Request, events: Any) -> None:
+    while not request.is_cancelled:
+        await asyncio.sleep(_CANCEL_S)
+    events.cancel()
+
+
+class RemoteStore:
+    """The adapters by name. Replicas read them when the first request comes; see `store.AdapterStore` for what is the
+    same here."""
+
+    def __init__(self, replicas: Any, reserved: Sequence[str]) -> None:
+        self._replicas, self._reserved = replicas, frozenset(reserved)
+        self._infos: dict[str, AdapterInfo] = {}
+        self._prompts: dict[str, tuple[str, ...]] = {}
+        self._lock = Lock()
+
+    def list(self) -> tuple[AdapterInfo, ...]:
+        with self._lock:
+            return tuple(self._infos.values())
+
+    def examples(self) -> dict[str, tuple[str, ...]]:
+        """Of every adapter, the prompts that tell what it is for."""
+        with self._lock:
+            return dict(self._prompts)
+
+    def load(
+        self,
+        name: str,
+        source: str,
+        *,
+        revision: str | None = None,
+        expected_generation: str | None = None,
+        pin: bool = False,
+        prompts: Sequence[str] = (),
+    ) -> AdapterInfo:
+        if pin:
+            raise _no_pins()
+        if name in self._reserved:
+            raise ServingError("adapter_name_reserved", f"{name!r} stands for something else here; choose another name")
+        found = call(self._replicas.examine.remote(str(source), revision).result)
+        info = replace(found, name=name, state="disk", leases=0)
+        with self._lock:
+            now = self._infos.get(name)
+            if expected_generation is not None and (now is None or now.generation != expected_generation):
+                known = None if now is None else now.generation
+                raise ServingError(
+                    "generation_mismatch", f"{name!r} stands for generation {known}; look, and decide again", 409
+                )
+            if expected_generation is None and now is not None and now.generation != info.generation:
+                raise ServingError("adapter_exists", f"{name!r} is served already; replace it", 409)
+            self._infos[name] = info
+            self._prompts[name] = tuple(prompts) or self._prompts.get(name, ())
+        return info
+
+    def replace(
+        self,
+        name: str,
+        source: str,
+        *,
+        expected_generation: str,
+        revision: str | None = None,
+        prompts: Sequence[str] = (),
+    ) -> AdapterInfo:
+        return self.load(name, source, revision=revision, expected_generation=expected_generation, prompts=prompts)
+
+    def unload(self, name: str, *, force: bool = False) -> None:
+        """Forget a name; answers in the making finish on the replicas."""
+        with self._lock:
+            self._known(name)
+            del self._infos[name], self._prompts[name]
+
+    def pin(self, name: str, pinned: bool) -> AdapterInfo:
+        raise _no_pins()
+
+    def lease_now(self, name: str) -> Lease:
+        return self.mix({name: 1.0}, name)
+
+    lease = lease_now
+
+    def mix(self, weights: Mapping[str, float], called: str | None = None) -> Lease:
+        with self._lock:
+            infos = [self._known(name) for name in weights]
+        contents = tuple(
+            (Content(str(info.generation), info.source, info.revision), share)
+            for info, share in zip(infos, weights.values(), strict=True)
+        )
+        key = "+".join(f"{content.generation}*{share}" for content, share in contents)
+        route = RemoteRoute(called or "+".join(weights), key, contents=contents)
+        return Lease(route, tuple(infos), lambda: None)
+
+    def _known(self, name: str) -> AdapterInfo:
+        if name not in self._infos:
+            raise ServingError(
+                "adapter_not_found", f"no adapter {name!r} is served here{did_you_mean(name, self._infos)}", 404
+            )
+        return self._infos[name]
+
+
+def _no_pins() -> ServingError:
+    return ServingError("pin_unsupported", "adapters are not pinned over replicas; each keeps those it used last", 400)
