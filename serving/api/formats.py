@@ -155,6 +155,7 @@ def answer_headers(selections: Sequence[Selection]) -> dict[str, str]:
     return {
         "X-Loramux-Adapter": ",".join(quote(selection.name, safe="+") for selection in selections),
         "X-Loramux-Weight": ",".join(f"{selection.weight:.4f}" for selection in selections),
+        "X-Loramux-Generation": ",".join(quote(selection.route.weights, safe="+*:") for selection in selections),
     }
 
 
