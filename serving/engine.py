@@ -45,7 +45,7 @@ class EngineOptions:
         prefill_chunk: columns of prompts that are read between two decoding steps.
         prefix_bytes: memory for keys and values of finished requests.
         max_waiting: requests that may wait.
-        threads: that compute; 0 for as many as torch has where the engine is made. See `compute_on_one_thread`.
+        threads: that compute; 0 for as many as torch has where the engine is made. See `threads`.
     """
 
     max_rows: int = 32
@@ -78,18 +78,6 @@ class EngineStats:
     prefix_bytes: int
     steps: int
     tokens: int
-
-
-def compute_on_one_thread() -> int:
-    """Let the calling thread compute alone from now on; returns with how many it did before, for `EngineOptions`.
-
-    OpenMP keeps a team for every thread that computes in parallel. Where all teams together have more threads than the
-    machine has cores, it puts idle ones to sleep at once, and a decoding step takes a third longer. Only the engine's
-    thread should have a team.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return before
 
 
 class Engine:

@@ -25,6 +25,7 @@ from .generations import Adapter, AdapterInfo, Generation, Lease
 from .loading import AdapterLoader
 from .request import Route
 from .sources import Sources, shortened
+from .threads import compute_on_one_thread
 from .tiers import HostMemory
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class AdapterStore:
         self._memory = HostMemory(self.limits.nbytes, self.limits.adapters)
         self._adapters: dict[str, Adapter] = {}
         self._listeners: list[Callable[[], None]] = []
-        self._threads = ThreadPoolExecutor(self.limits.loaders, thread_name_prefix="adapter-loader")
+        self._threads = ThreadPoolExecutor(self.limits.loaders, "adapter-loader", initializer=compute_on_one_thread)
         self._waiting = 0
         self._changed = threading.Condition()
 
@@ -99,6 +100,11 @@ class AdapterStore:
         """All adapters, in the order they came."""
         with self._changed:
             return tuple(adapter.info for adapter in self._adapters.values())
+
+    def names(self) -> set[str]:
+        """Of the adapters that take requests."""
+        with self._changed:
+            return {name for name, adapter in self._adapters.items() if not adapter.leaving}
 
     def examples(self) -> dict[str, tuple[str, ...]]:
         """Of every adapter that takes requests, the prompts that tell what it is for."""
@@ -467,10 +473,10 @@ class AdapterStore:
                 raise ServingError("adapter_load_busy", f"{self._waiting} adapters wait to be read; try again", 429)
             self._waiting += 1
         future = self._threads.submit(work)
-        future.add_done_callback(self._done)
+        future.add_done_callback(lambda _: self._done())
         return future
 
-    def _done(self, _: Future[object]) -> None:
+    def _done(self) -> None:
         with self._changed:
             self._waiting -= 1
 
