@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..support.errors import ConfigError
 
-
 # A small model that may write spaces anywhere can go on writing them to the end.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

@@ -17,6 +17,7 @@ from .engine import Engine
 _BACKLOG = 2048
 _NAMED = 12
 _CLOSE_S = 10
+_KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that they are who closes them
 _LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -73,6 +74,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan="off",
+                timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_CLOSE_S,
             )
         )
