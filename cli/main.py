@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import __version__
+from ..hub.leaks import KINDS
 from ..support.errors import LoramuxError
-from . import hub
+from . import hub, serving
 
 INTERRUPTED = 130
 FAILED = 2
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parsed = build_parser().parse_args(arguments)
     try:
-        if parsed.command == "hub":
+        if parsed.command in ("hub", "serve", "chat"):
             parsed.run(parsed)
             return 0
         from . import commands
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         *(_add_train, _add_evaluate, _add_compare, _add_adapt, _add_export, _add_import),
         *(_add_routes, _add_methods, _add_tasks, _add_base),
         *(_add_publish, _add_pull, _add_search, _add_info, _add_diff, _add_recommend),
-        _add_hub,
+        *(_add_serve, _add_chat, _add_hub),
     ):
         add(commands)
     return parser
@@ -347,7 +348,7 @@ def _add_publish(commands: Commands) -> None:
         "--allow",
         action="append",
         default=[],
-        choices=("token", "private-key", "home-path", "example"),
+        choices=KINDS,
         help="publish such findings (may be repeated)",
     )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="sign it with this Ed25519 key (PEM)")
@@ -455,6 +456,36 @@ def _add_recommend(commands: Commands) -> None:
 
 def _add_endpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", metavar="URL", help="the hub (default: HF_ENDPOINT, else huggingface.co)")
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "serve",
+        "serve a base with many adapters",
+        "Serve one base, any number of adapters and routed mixtures behind OpenAI's API, with a live page. Adapters\n"
+        "come and go while it runs; model `auto` lets the router pick one for every prompt. Ctrl-C finishes what it\n"
+        "began.",
+        """
+  loramux serve runs/first
+  loramux serve --base HuggingFaceTB/SmolLM2-135M --adapters adapters/ --port 8080
+  loramux serve runs/first --host 0.0.0.0 --set api_keys_file=keys.txt --set limits.queue=64""",
+    )
+    serving.add_serve(parser)
+
+
+def _add_chat(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "chat",
+        "talk to a server",
+        "Talk to a server in the terminal, and see which adapter answers.",
+        """
+  loramux chat
+  loramux chat http://127.0.0.1:8080 --model who
+  echo 'Mia hid the red cup in the garden.' | loramux chat""",
+    )
+    serving.add_chat(parser)
 
 
 def _add_hub(commands: Commands) -> None:

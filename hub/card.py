@@ -85,7 +85,9 @@ def _marked(name: str, text: str) -> str:
 
 
 def _card_data(source: Source, repository: str, licence: str | None) -> dict[str, Any]:
-    data = metadata({"method": source.method or "lora"}, source.base.name)
+    data = metadata({"method": source.method}, source.base.name)
+    if not source.method:
+        data["tags"] = [tag for tag in data["tags"] if not tag.startswith("loramux")]
     datasets = list(dict.fromkeys(a.dataset for a in source.adapters if a.dataset))
     metrics = list(dict.fromkeys(a.metric for a in source.adapters if a.metric))
     head = ModelCardData(**data, license=licence, datasets=datasets or None, metrics=metrics or None).to_dict()
@@ -211,7 +213,7 @@ model = PeftModel.from_pretrained(base, "adapter/{MIXTURE}")
 
 
 def _tasks(adapters: Sequence[Adapter]) -> str:
-    if not any(adapter.examples for adapter in adapters):
+    if not any(adapter.examples or adapter.description for adapter in adapters):
         return ""
     texts = ["## Tasks"]
     for adapter in adapters:

@@ -154,7 +154,7 @@ def _check_signature(
 
 def _check_adapters(folders: list[Path], base: str | None, force_base: bool) -> None:
     configs = [read_adapter_config(folder / CONFIG) for folder in folders]
-    name, _, revision = (base or "").partition("@")
+    name, _, revision = (base or "", "", "") if base and Path(base).is_dir() else (base or "").partition("@")
     if not name:
         name, revision = _common_base(folders, configs)
     elif not force_base:

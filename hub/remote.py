@@ -129,6 +129,8 @@ class Remote:
             raise RemoteError(f"{named}: HF_HUB_OFFLINE is set, so no hub is asked; unset it") from None
         except (HTTPError, ConnectionError, TimeoutError) as error:
             raise RemoteError(f"{self.endpoint} cannot be reached ({_first_line(error)}); is it running?") from None
+        except RuntimeError as error:  # what the library that sends large files raises
+            raise RemoteError(f"{named}: {self.endpoint} did not take it ({_first_line(error)}); try again") from None
 
 
 def check_name(repository: str) -> str:

@@ -156,8 +156,8 @@ def _run(place: Path, examples: int) -> Source:
     recipe = folder.read_recipe()
     results = read_results(place) if (place / RESULTS).is_file() else None
     configs = {config.name: config for config in read_task_configs(recipe.tasks)} if recipe.tasks else {}
-    order = list(configs)
-    exports = sorted(adapter_folders(place / EXPORTS), key=lambda folder: order.index(folder.name))
+    order = {name: number for number, name in enumerate(configs)}
+    exports = sorted(adapter_folders(place / EXPORTS), key=lambda folder: order.get(folder.name, len(order)))
     base = _common_base([*exports, mixture], place)
     shown = _answered(place, results, examples)
     adapters = tuple(
@@ -184,8 +184,10 @@ def _files(place: Path, recipe: Recipe) -> dict[str, Path]:
 
 
 def _adapter(folder: Path, examples: int) -> Adapter:
+    if not (folder / WEIGHTS).is_file():
+        raise RunError(f"{folder}: no {WEIGHTS} in it; other formats, pickles above all, are not published")
     path = folder / REPORT
-    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    report = _json(path, path.read_text(encoding="utf-8")) if path.is_file() else {}
     card = report.get("card", {})
     listed = card.get("examples", ())[:examples]
     return Adapter(
@@ -236,7 +238,7 @@ def _answered(place: Path, results: Results | None, count: int) -> dict[str, tup
         return {}
     found: dict[tuple[str, str], list[Answered]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+        row = _json(path, line)
         listed = found.setdefault((row["task"], row["column"]), [])
         if len(listed) < count:
             listed.append(Answered(row["prompt"].strip(), row["prediction"], row["reference"]))
@@ -245,6 +247,14 @@ def _answered(place: Path, results: Results | None, count: int) -> dict[str, tup
         task.name: tuple(next((found[task.name, c] for c in columns if (task.name, c) in found), ()))  # type: ignore[index]
         for task in results.tasks
     }
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(text)
+        return data
+    except ValueError as error:
+        raise RunError(f"{path}: not readable as JSON ({error}); make it again") from None
 
 
 def _common_base(folders: list[Path], place: Path) -> BaseIdentity:

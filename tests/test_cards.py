@@ -102,6 +102,21 @@ def test_a_strangers_text_cannot_leave_its_cell(source: Source) -> None:
     assert r"| `a \| b <script> 'x' <! -- /loramux:tasks -- >` | `![p](http://x)` |" in card
 
 
+def test_adapters_that_other_tools_made_are_not_called_ours(finished_job: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished_job / "exports" / "home", tmp_path / "home"))
+    (folder / "export.json").unlink()
+    card = write_card(read_source(folder, examples=1), "mia/home")
+    assert ModelCard(card).data.tags == ["lora", "base_model:adapter:somebody/tiny-base"]
+    assert "loramux" not in re.sub(r"<!--.*?-->", "", card)
+
+
+def test_without_examples_the_tasks_are_described_all_the_same(source: Source) -> None:
+    adapter = replace(source.adapters[0], examples=(), description="Says the colour.")
+    card = write_card(replace(source, adapters=(adapter,)), "mia/one")
+    assert "### colour\n\nSays the colour." in card
+    assert "Examples of its" not in card
+
+
 def test_exports_alone_have_a_card_too(finished_job: Path) -> None:
     found = read_source(finished_job / "exports", examples=1)
     card = write_card(found, "mia/three")
@@ -155,6 +170,16 @@ def test_a_base_that_nobody_else_can_find_is_refused(finished_job: Path, tmp_pat
     (tmp_path / "home" / "adapter_config.json").write_text("{")
     with pytest.raises(RunError, match="not readable as the config of an adapter"):
         read_source(tmp_path / "home", examples=1)
+
+
+def test_what_cannot_be_read_is_named(finished_job: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished_job / "exports" / "home", tmp_path / "home"))
+    (folder / "export.json").write_text("{")
+    with pytest.raises(RunError, match=r"export.json: not readable as JSON"):
+        read_source(folder, examples=1)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(RunError, match=r"no adapter_model.safetensors in it; other formats, pickles above all"):
+        read_source(folder, examples=1)
 
 
 def edit(folder: Path, change: dict) -> None:

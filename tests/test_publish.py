@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -146,13 +147,14 @@ def test_an_upload_that_breaks_off_leaves_nothing_and_the_next_one_completes(
     remote = Remote(local_hub.url)
     (change,) = plan_publication(finished_job, "mia/broken", PublishConfig(), remote)
 
-    def break_off(*_: object, **__: object) -> None:
-        raise ConnectionError("the line went dead")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub._commit_api._send_commit", break_off)
-        with pytest.raises(RemoteError, match=r"cannot be reached \(the line went dead\); is it running"):
-            publish(change, remote)
+    for error, told in (
+        (ConnectionError("the line went dead"), r"cannot be reached \(the line went dead\); is it running"),
+        (RuntimeError("a shard is missing"), r"did not take it \(a shard is missing\); try again"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("huggingface_hub._commit_api._send_commit", Mock(side_effect=error))
+            with pytest.raises(RemoteError, match=told):
+                publish(change, remote)
     assert not set(local_hub.client().list_repo_files("mia/broken")) - {".gitattributes"}
     put(finished_job, "mia/broken", local_hub)
     assert set(local_hub.client().list_repo_files("mia/broken")) >= FILES

@@ -6,6 +6,7 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,10 @@ def test_train_publish_and_use_as_written(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     (tmp_path / "use.py").write_text(next(block for block in blocks("python") if block.startswith("# use.py")))
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    subprocess.run(["loramux", "base", "--to", "tiny"], check=True, cwd=tmp_path, env=environment)
-    hub = subprocess.Popen([*shlex.split(served), "--port", port], cwd=tmp_path, env=environment)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    subprocess.run(["bash", "-c", "loramux base --to tiny"], check=True, cwd=tmp_path, env=environment)
+    hub = subprocess.Popen(["bash", "-c", f"exec {served.strip()} --port {port}"], cwd=tmp_path, env=environment)
     try:
         script = "set -e\n" + commands.replace("8765", port)
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
