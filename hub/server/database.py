@@ -51,7 +51,7 @@ CREATE INDEX IF NOT EXISTS repos_modified ON repos (type, modified, id);
 CREATE INDEX IF NOT EXISTS repos_created ON repos (type, created, id);
 CREATE INDEX IF NOT EXISTS repos_downloads ON repos (type, downloads, id);
 CREATE TABLE IF NOT EXISTS repo_tags (
-    tag TEXT NOT NULL,
+    tag TEXT NOT NULL COLLATE NOCASE,
     repo INTEGER NOT NULL REFERENCES repos ON DELETE CASCADE,
     PRIMARY KEY (tag, repo)
 ) WITHOUT ROWID;

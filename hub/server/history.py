@@ -327,9 +327,7 @@ class History:
             (commit, now(), json.dumps(tags), json.dumps(facts), json.dumps(card or None), json.dumps([*tree]), key),
         )
         connection.execute("DELETE FROM repo_tags WHERE repo = ?", (key,))
-        connection.executemany(
-            "INSERT INTO repo_tags VALUES (?, ?)", [(tag, key) for tag in {tag.lower() for tag in tags}]
-        )
+        connection.executemany("INSERT OR IGNORE INTO repo_tags VALUES (?, ?)", [(tag, key) for tag in tags])
 
 
 def _refuse_files_that_are_folders(tree: Tree) -> None:

@@ -90,6 +90,7 @@ def describe(paths: Iterable[str], card: Mapping[str, Any], adapter_config: Any)
         *_texts(library),
         *(["safetensors"] if any(path.endswith(".safetensors") for path in paths) else []),
         *_texts(card.get("tags")),
+        *(f"task:{result['task']}" for result in results(card)),
         *_texts(card.get("pipeline_tag")),
         *_texts(card.get("language")),
         *(f"dataset:{name}" for name in _texts(card.get("datasets"))),
@@ -111,6 +112,24 @@ def describe(paths: Iterable[str], card: Mapping[str, Any], adapter_config: Any)
         }
     short = (tag for tag in tags if 0 < len(tag) <= _MAX_TAG)
     return list(dict.fromkeys(short))[:_MAX_TAGS], facts
+
+
+def results(card: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of a card's `model-index`: `task`, `metric` and `value`, where the three are there."""
+    found = []
+    for model in _mappings(card.get("model-index")):
+        for result in _mappings(model.get("results")):
+            task, dataset = (part if isinstance(part := result.get(key), dict) else {} for key in ("task", "dataset"))
+            for metric in _mappings(result.get("metrics")):
+                value, name = metric.get("value"), metric.get("name") or metric.get("type")
+                label = task.get("name") or dataset.get("name") or task.get("type")
+                if isinstance(value, int | float) and isinstance(name, str) and isinstance(label, str):
+                    found.append({"task": label, "metric": name, "value": value})
+    return found[:200]
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _texts(value: Any) -> list[str]:

@@ -10,6 +10,8 @@ REPO_TYPES = ("models", "datasets", "spaces")
 MAIN = "refs/heads/main"
 _PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
 _REFERENCE = re.compile(r"refs/(?:heads|tags)/[A-Za-z0-9][A-Za-z0-9._/+-]{0,200}")
+# Words that the hub's own addresses start with.
+_RESERVED = {"api", *REPO_TYPES}
 _COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 
 
@@ -50,8 +52,12 @@ def repo_id(type_: str, text: str) -> RepoId:
 
 
 def check_namespace(name: str) -> str:
-    if not _is_name(name):
-        raise HubError(400, f"Invalid namespace {name!r}: use letters, digits, '-', '_' and '.', no '--' or '..'.")
+    if not _is_name(name) or name.lower() in _RESERVED:
+        raise HubError(
+            400,
+            f"Invalid namespace {name!r}: use letters, digits, '-', '_' and '.', no '--' or '..', "
+            f"and none of {', '.join(sorted(_RESERVED))}.",
+        )
     return name
 
 

@@ -198,7 +198,7 @@ def _matching(query: Query, caller: Caller) -> _Where:
         tagged = "SELECT 1 FROM repo_tags WHERE repo = key AND tag LIKE ? ESCAPE '!'"
         where.add(f"id LIKE ? ESCAPE '!' OR EXISTS ({tagged})", _part(word), _part(word))
     for tag in query.tags:
-        where.add("key IN (SELECT repo FROM repo_tags WHERE tag = ?)", tag.lower())
+        where.add("key IN (SELECT repo FROM repo_tags WHERE tag = ?)", tag)
     return where
 
 

@@ -23,6 +23,7 @@ _PARTS = {
     "prefix": "/datasets|/spaces|",  # models have none
     "repo": "[^/]+/[^/]+",
     "path": ".+",
+    "page": r"(?:(?:datasets|spaces)/)?(?!api/|_)[^/]+/[^/]+(?:/(?:tree|commit)/.+)?",
     "sha256": "[0-9a-f]{64}",
     "number": "[0-9]{1,6}",
 }
