@@ -1,0 +1,155 @@
+"""How fast large files go to the local hub and back, against a plain copy through loopback, and the server's memory.
+
+    python benchmarks/hub_throughput.py [MEGABYTES] [--folder DIR] [--repeats N] [--json]
+
+The plain copy is a socket on this machine: one process reads the file and sends, the other writes it to the same disk
+and waits until it is there (fsync), as the hub does. `download` is curl's way (one GET), `snapshot` the stock client's,
+which hashes nothing but writes to its cache. Times but those of uploads are the best of N.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+from hub_process import HubProcess, hub_process
+
+PIECE = 1 << 20
+UPLOAD = """
+import sys, time
+from huggingface_hub import HfApi
+api = HfApi()
+api.create_repo(sys.argv[1], exist_ok=True)
+start = time.perf_counter()
+api.upload_file(repo_id=sys.argv[1], path_or_fileobj=sys.argv[2], path_in_repo="model.safetensors")
+print(time.perf_counter() - start)
+"""
+SNAPSHOT = """
+import sys, time
+from huggingface_hub import snapshot_download
+start = time.perf_counter()
+snapshot_download(sys.argv[1])
+print(time.perf_counter() - start)
+"""
+
+
+def make_file(path: Path, megabytes: int) -> None:
+    """Random, so that nothing is saved by compression or by chunks that repeat."""
+    with path.open("wb") as file:
+        for _ in range(megabytes):
+            file.write(os.urandom(PIECE))
+
+
+def receive(listener: socket.socket, target: Path) -> None:
+    connection, _ = listener.accept()
+    with connection, target.open("wb") as file:
+        while piece := connection.recv(PIECE):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        connection.sendall(b"k")
+
+
+def plain_copy(source: Path, target: Path) -> float:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        receiver = multiprocessing.Process(target=receive, args=(listener, target))
+        receiver.start()
+        start = time.perf_counter()
+        with socket.create_connection(listener.getsockname()) as connection, source.open("rb") as file:
+            while piece := file.read(PIECE):
+                connection.sendall(piece)
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1)
+        seconds = time.perf_counter() - start
+        receiver.join()
+    target.unlink()
+    return seconds
+
+
+def client(code: str, hub: HubProcess, home: Path, *arguments: str, xet: bool = True) -> float:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    clean |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "any", "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    clean["HF_HUB_DISABLE_XET"] = "0" if xet else "1"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=clean, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    shutil.rmtree(home, ignore_errors=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def download(url: str, target: Path) -> float:
+    """One GET, written to the disk."""
+    start = time.perf_counter()
+    with httpx.stream("GET", url, timeout=600) as answer, target.open("wb") as file:
+        for piece in answer.iter_raw(PIECE):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def measure(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
+    source = folder / "source.bin"
+    make_file(source, megabytes)
+
+    def best(once: Callable[[int], float]) -> float:
+        return min(once(number) for number in range(repeats))
+
+    plain = best(lambda _: plain_copy(source, folder / "copy.bin"))
+    ways = []
+    for name, xet in (("Xet", True), ("LFS", False)):
+        with hub_process(folder / name) as hub:
+            home, fetched = folder / "home", folder / "fetched.bin"
+
+            # Only the first upload sends all of it: later ones would find it there.
+            up = client(UPLOAD, hub, home, "someone/copy-0", str(source), xet=xet)
+            peak = hub.peak_mib()
+            down = best(
+                lambda _, hub=hub: download(f"{hub.url}/someone/copy-0/resolve/main/model.safetensors", fetched)
+            )
+            snapshot = best(lambda _, hub=hub: client(SNAPSHOT, hub, home, "someone/copy-0"))
+            seconds = {"upload": up, "download": down, "snapshot": snapshot}
+        shutil.rmtree(folder / name)
+        ways.append({"way": name, "seconds": seconds, "server_peak_mib": round(peak, 1)})
+    return {"megabytes": megabytes, "plain_copy": plain, "ways": ways}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("megabytes", nargs="?", type=int, default=400)
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure (default: the system's for temporary files)"
+    )
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        measured = measure(Path(folder), arguments.megabytes, arguments.repeats)
+    if arguments.json:
+        print(json.dumps(measured))
+        return
+    plain, size = measured["plain_copy"], measured["megabytes"]
+    print(
+        f"{size} MiB; plain copy {plain:.2f} s ({size / plain:.0f} MiB/s)\n\n| way | step | s | MiB/s | x plain copy |"
+    )
+    print("|---|---|---:|---:|---:|")
+    for way in measured["ways"]:
+        for step, seconds in way["seconds"].items():
+            print(f"| {way['way']} | {step} | {seconds:.2f} | {size / seconds:.0f} | {plain / seconds:.2f} |")
+        print(f"| {way['way']} | server's peak memory | {way['server_peak_mib']:.0f} MiB | | |")
+
+
+if __name__ == "__main__":
+    main()
