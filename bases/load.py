@@ -1,11 +1,12 @@
 """Finding and loading the frozen model: the bundled one by its name, any other by Hub id or local folder."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -59,6 +61,7 @@ def load_base(
     dtype: str | torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    quantize: Literal["8bit", "4bit"] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM and its tokenizer, from safetensors only and without running code that came with the model.
 
@@ -66,6 +69,7 @@ def load_base(
         name: `loramux/tiny`, a Hub id, or a folder.
         dtype: of the weights, a torch dtype or its name ("bfloat16").
         revision: branch, tag or commit of a Hub id; not for the bundled base or a folder.
+        quantize: hold the linears' weights in so many bits, by bitsandbytes (the extra `loramux[quantized]`).
 
     Returns:
         The model in evaluation mode on `device`, and the tokenizer, which has a padding token.
@@ -77,10 +81,21 @@ def load_base(
     options = {"revision": _checked_revision(name, source, revision), "trust_remote_code": False}
     weights = _floating(dtype)
     try:
+        if quantize is not None:
+            options |= {"quantization_config": _quantization(quantize, weights), "device_map": {"": device}}
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights, use_safetensors=True, **options)
     except _UNREADABLE as error:
         raise _explained(name, source, error) from error
-    return model.to(device).eval(), load_tokenizer(name, revision=revision)
+    placed = model.to(device) if quantize is None else model  # bitsandbytes places its weights itself
+    return placed.eval(), load_tokenizer(name, revision=revision)
+
+
+def _quantization(bits: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantize {bits!r} needs bitsandbytes: pip install 'loramux[quantized]'")
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -169,3 +169,9 @@ def test_pretraining_runs_and_writes_a_model_with_a_card(tmp_path: Path) -> None
     assert "2 steps" in (tmp_path / "new" / "README.md").read_text()
     with pytest.raises(ConfigError, match="does not say which public model"):
         base_identity(tmp_path / "new")
+
+
+def test_a_quantised_base_wants_its_library(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"quantize '4bit' needs bitsandbytes: pip install 'loramux\[quantized\]'"):
+        load_base(BUNDLED, quantize="4bit")
