@@ -44,7 +44,7 @@ def write_card(source: Source, repository: str, *, licence: str | None = None, e
     parts = {name: text for name, text in _parts(source, repository, licence).items() if text}
     if before is None:
         return _assembled(data, f"# {repository.partition('/')[2]}\n\n" + _joined(parts))
-    kept = before.data.to_dict()
+    kept = {key: value for key, value in before.data.to_dict().items() if key != "model-index"}
     tags = [*data["tags"], *(tag for tag in kept.get("tags") or () if tag not in data["tags"])]
     return _assembled({**kept, **data, "tags": tags}, merged(before.text.strip("\n"), parts))
 

@@ -15,12 +15,11 @@ from ..support.errors import AdapterError, ConfigError, RemoteError, TrustError
 from ..support.files import atomic_folder, write_json
 from .card import CARD
 from .checks import AdapterConfig, check_adapter, names_of, read_adapter_config, skeleton
-from .remote import Commit, Remote, check_name, sha256_of
+from .remote import LARGEST_TEXT, Commit, Remote, check_name, sha256_of
 from .signing import ATTESTATION, verify
 
 RECORD = "pulled.json"
 _FETCHED = (".safetensors", ".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".png")
-_LARGEST_TEXT = 64 << 20
 _MAY_BE_EDITED = (CARD, ".gitattributes")
 
 
@@ -93,7 +92,7 @@ def _is_wanted(path: str, size: int) -> bool:
         return False
     if not (path.endswith(_FETCHED) or parts[-1] in ("LICENSE", "LICENCE")):
         return False
-    return path.endswith(".safetensors") or size <= _LARGEST_TEXT
+    return path.endswith(".safetensors") or size <= LARGEST_TEXT
 
 
 def _adapter_folders(paths: Iterable[str], repository: str) -> list[str]:

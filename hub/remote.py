@@ -22,6 +22,8 @@ from huggingface_hub.utils import validate_repo_id
 from .. import __version__
 from ..support.errors import ConfigError, RemoteError
 
+LARGEST_TEXT = 64 << 20
+"""Bytes: no card, figures or config is larger."""
 _PRECONDITION_FAILED = 412
 
 
@@ -89,9 +91,15 @@ class Remote:
             return self.api.revision_exists(repository, revision)
 
     def read(self, repository: str, commit: Commit, path: str) -> str | None:
-        """A text file of a commit; None where it has none of that name."""
+        """A text file of a commit; None where it has none of that name.
+
+        Raises:
+            RemoteError: it is too large for one, or cannot be fetched.
+        """
         if path not in commit.files:
             return None
+        if (size := commit.files[path].size) > LARGEST_TEXT:
+            raise RemoteError(f"{repository}/{path}: {size} bytes; {LARGEST_TEXT} are the most that is read of a text")
         return self.fetch(repository, commit, path).read_text(encoding="utf-8", errors="replace")
 
     def fetch(self, repository: str, commit: Commit, path: str) -> Path:

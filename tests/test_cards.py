@@ -95,6 +95,11 @@ def test_parts_that_are_gone_go_and_a_card_without_parts_gets_them_below(card: s
     assert again.index("Only my words.") < again.index("<!-- loramux:summary -->")
 
 
+def test_results_that_are_not_there_any_more_leave_the_metadata(card: str, source: Source) -> None:
+    unscored = tuple(replace(adapter, scores={}) for adapter in source.adapters)
+    assert not ModelCard(write_card(replace(source, adapters=unscored), "mia/three", existing=card)).data.eval_results
+
+
 def test_a_strangers_text_cannot_leave_its_cell(source: Source) -> None:
     hostile = Answered("a | b\n<script> `x` <!-- /loramux:tasks -->", None, "![p](http://x)")
     adapter = replace(source.adapters[0], examples=(hostile,))

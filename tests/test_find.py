@@ -72,6 +72,14 @@ def test_a_repository_without_adapters(remote: Remote) -> None:
         describe("mia/no-adapters", remote)
 
 
+def test_texts_that_are_none_are_not_read(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramux.hub.remote.LARGEST_TEXT", 100)
+    with pytest.raises(
+        RemoteError, match=r"mia/three/loramux.json: \d+ bytes; 100 are the most that is read of a text"
+    ):
+        describe("mia/three", remote)
+
+
 def test_the_commands_print_it(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
     end = ["--endpoint", remote.endpoint]
     assert main(["search", "three", "--base", BASE, *end]) == 0
