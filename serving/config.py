@@ -53,14 +53,16 @@ class Memory:
         rank: of one adapter, and of a weighted mix of several.
         adapters: kept in host memory; the least recently used one leaves first, and comes back from disk when asked.
         adapter_bytes: of all adapters in host memory.
-        cache_tokens: keys and values kept for prompts that begin like earlier ones.
+        cache_tokens: of keys and values that all running answers together may come to need.
+        prefix_bytes: of keys and values kept for prompts that begin like earlier ones.
     """
 
     slots: Positive = 32
     rank: Positive = 256
     adapters: Positive = 256
     adapter_bytes: Positive = 4 << 30
-    cache_tokens: Annotated[int, Field(ge=0)] = 65536
+    cache_tokens: Positive = 65536
+    prefix_bytes: Annotated[int, Field(ge=0)] = 256 << 20
 
 
 @config
@@ -80,10 +82,11 @@ class ServeConfig:
         api_keys_file: keys of clients, one a line (or LORAMUX_API_KEYS, separated by commas).
         admin_key_file: the key that loads and unloads adapters (or LORAMUX_ADMIN_KEY).
         anyone: without keys, answer also to others than this machine.
+        choice: offer the model `auto`: the router of the first run if it has one that reads prompts, else prototypes of
+            the adapters' example prompts.
         threshold: `auto` answers with the base where no adapter reaches this weight.
-        dtype: of the base and the adapters.
+        dtype: of the base and the adapters; as the run says, or float32.
         device: "auto" takes a GPU where there is one.
-        compile: run the base through `torch.compile`.
     """
 
     base: str | None = None
@@ -98,10 +101,10 @@ class ServeConfig:
     api_keys_file: Path | None = None
     admin_key_file: Path | None = None
     anyone: bool = False
+    choice: bool = True
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str = "auto"
-    compile: bool = False
     limits: Limits = field(default_factory=Limits)
     memory: Memory = field(default_factory=Memory)
 

@@ -1,21 +1,52 @@
 """From settings to a service that is ready to run: the base, its adapters, the automatic choice, hosted mixtures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..adapters import LoramuxModel
 from ..adapters.prompt import text_config
 from ..bases import BUNDLED, load_base
 from ..hub.remote import Remote
 from ..support.console import say
 from ..support.errors import ConfigError
+from ..training.run import public_name
 from .api.service import Service
+from .choice import Chooser, LearnedRouter, Scorer
 from .config import ServeConfig
 from .engine import Engine, EngineOptions
+from .errors import ServingError
 from .keys import Keys
+from .mixtures import Mixtures
+from .prototypes import Prototypes
+from .runs import RunAdapters, run_adapters, served_run
 from .slots import layout_of
 from .store import AdapterStore, StoreLimits
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model that runs, and what comes with it.
+
+    Attributes:
+        model: the bare base, or the one inside a hub whose mixture is hosted.
+        base: its public name.
+        base_names: what adapters may call it.
+        runs: whose exports are served.
+        examples: prompts of the runs' tasks.
+    """
+
+    model: Any
+    tokenizer: Any
+    base: str
+    base_names: tuple[str, ...]
+    runs: Sequence[RunAdapters] = ()
+    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    router: LearnedRouter | None = None
+    mixtures: Mixtures | None = None
 
 
 def open_service(config: ServeConfig, environment: Mapping[str, str]) -> tuple[Service, Engine]:
@@ -26,31 +57,91 @@ def open_service(config: ServeConfig, environment: Mapping[str, str]) -> tuple[S
         RunError: a run that is named is not finished, or damaged.
     """
     keys = Keys.read(config, environment)
-    dtype = getattr(torch, config.dtype)
-    model, tokenizer = load_base(
-        config.base or BUNDLED, dtype=dtype, device=device_of(config.device), revision=config.revision
-    )
-    base = config.base or BUNDLED
-    layout = layout_of(model)
-    engine = Engine(model, tokenizer, layout, engine_options(config))
-    memory = config.memory
-    limits = StoreLimits(memory.adapters, memory.adapter_bytes, memory.rank)
-    roots = (*config.roots, *config.adapters)
-    store = AdapterStore(
-        layout, model, (base, *config.also_called), roots, limits, dtype, hub=Remote() if config.hub else None
-    )
     for folder in config.adapters:
-        register(store, folder)
-    vocabulary = int(text_config(model).vocab_size)
-    return Service(config, engine, store, tokenizer, base, vocabulary, keys), engine
+        if not folder.is_dir():
+            raise ConfigError(f"adapters: {folder} is not a folder")
+    opened = _opened_run(config) if config.runs else _opened_base(config)
+    layout = layout_of(opened.model)
+    engine = Engine(opened.model, opened.tokenizer, layout, _engine_options(config), opened.mixtures)
+    mixtures = {} if opened.mixtures is None else {name: opened.mixtures.tasks(name) for name in opened.mixtures.names}
+    memory = config.memory
+    store = AdapterStore(
+        layout,
+        opened.model,
+        (*opened.base_names, *config.also_called),
+        (*config.roots, *config.adapters, *(run.root for run in opened.runs)),
+        StoreLimits(memory.adapters, memory.adapter_bytes, memory.rank),
+        opened.model.dtype,
+        reserved=mixtures,
+        hub=Remote() if config.hub else None,
+    )
+    _register(store, config, opened)
+    prototypes = Prototypes(store.examples, lambda text: list(opened.tokenizer(text)["input_ids"]), engine.embed)
+    store.subscribe(prototypes.refresh)
+    service = Service(
+        config,
+        engine,
+        store,
+        opened.tokenizer,
+        opened.base,
+        int(text_config(opened.model).vocab_size),
+        keys,
+        mixtures,
+        _chooser(config, opened.router or prototypes, store, engine),
+    )
+    if opened.router is None and config.choice:
+        service.at_close.append(prototypes.start().stop)
+    return service, engine
 
 
-def register(store: AdapterStore, folder: Path) -> None:
-    """Serve every adapter below a folder; what cannot be served is told, and harms nobody."""
-    if not folder.is_dir():
-        raise ConfigError(f"adapters: {folder} is not a folder")
-    for name, error in store.scan(folder).items():
-        say(f"{folder / name} is not served: {error}")
+def _chooser(config: ServeConfig, scorer: Scorer, store: AdapterStore, engine: Engine) -> Chooser | None:
+    if not config.choice:
+        return None
+    return Chooser(scorer, lambda: store.examples().keys(), engine.embed, threshold=config.threshold)
+
+
+def _opened_base(config: ServeConfig) -> Opened:
+    base = config.base or BUNDLED
+    dtype, device = config.dtype or "float32", device_of(config.device)
+    model, tokenizer = load_base(base, dtype=dtype, device=device, revision=config.revision)
+    return Opened(model, tokenizer, base, (base,))
+
+
+def _opened_run(config: ServeConfig) -> Opened:
+    if config.base is not None or config.revision is not None:
+        raise ConfigError("base: the runs bring theirs; leave base and revision out, or serve their exports (adapters)")
+    first = served_run(config.runs[0])
+    others = [run_adapters(run) for run in config.runs[1:]]
+    for note in first.notes:
+        say(note)
+    dtype = getattr(torch, config.dtype) if config.dtype else first.model.dtype
+    first.model.to(device_of(config.device), dtype)
+    hub: LoramuxModel | None = first.model.base_model if first.mixture is not None else None
+    return Opened(
+        first.model if hub is None else hub.model,
+        first.tokenizer,
+        public_name(first.recipe),
+        first.adapters.base_names,
+        (first.adapters, *others),
+        first.examples,
+        first.router if not others else None,
+        None if hub is None else Mixtures(hub, {str(first.mixture): hub.active_adapters[0]}),
+    )
+
+
+def _register(store: AdapterStore, config: ServeConfig, opened: Opened) -> None:
+    """Serve what lies on disk; what cannot be served is told, and harms nobody."""
+    refused: dict[Path, ServingError] = {}
+    for run in opened.runs:
+        for name, folder in run.folders.items():
+            try:
+                store.register(name, folder, opened.examples.get(name, ()))
+            except ServingError as error:
+                refused[folder] = error
+    for place in config.adapters:
+        refused |= {place / name: reason for name, reason in store.scan(place).items()}
+    for folder, reason in refused.items():
+        say(f"{folder} is not served: {reason}")
 
 
 def device_of(name: str) -> str:
@@ -58,8 +149,12 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def engine_options(config: ServeConfig) -> EngineOptions:
-    """The engine waits for no more requests than are admitted."""
+def _engine_options(config: ServeConfig) -> EngineOptions:
+    """The engine lets no more requests wait than are admitted."""
     memory = config.memory
-    waiting = memory.slots + config.limits.queue
-    return EngineOptions(max_rows=memory.slots, max_cache_tokens=memory.cache_tokens, max_waiting=waiting)
+    return EngineOptions(
+        max_rows=memory.slots,
+        max_cache_tokens=memory.cache_tokens,
+        prefix_bytes=memory.prefix_bytes,
+        max_waiting=memory.slots + config.limits.queue,
+    )

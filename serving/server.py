@@ -1,6 +1,7 @@
 """Running a service: a socket, a banner, lines of JSON as log, and an end that loses no answer."""
 
 import logging.config
+import os
 import socket
 import time
 from types import FrameType
@@ -56,8 +57,9 @@ def listen(config: ServeConfig) -> socket.socket:
     try:
         return socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(
-            f"{config.host}:{config.port}: cannot listen there ({error.strerror}); name another host or port"
+            f"{config.host}:{config.port}: cannot listen there ({reason}); name another host or port"
         ) from None
 
 
@@ -114,7 +116,7 @@ def banner(service: Service, url: str) -> str:
     key = " -H 'Authorization: Bearer KEY'" if keys.clients else ""
     return "\n".join(
         (
-            f"loramux serves {service.base} at {url}/v1 ({config.dtype}, {config.memory.slots} answers at a time)",
+            f"loramux serves {service.base} at {url}/v1, {config.memory.slots} answers at a time",
             f"  adapters   {listed}",
             f"  automatic  {automatic}",
             f"  mixtures   {', '.join(service.mixtures) or 'none'}",

@@ -64,7 +64,7 @@ def test_the_adapter_of_a_request_can_be_named_beside_the_base_and_mixed_by_weig
 
 def test_the_list_names_the_base_and_its_adapters_with_their_parent(live, client):
     listed = {model.id: model for model in client.models.list()}
-    assert set(listed) == {BUNDLED, "red", "green", "blue"}
+    assert set(listed) == {BUNDLED, "auto", "red", "green", "blue"}
     assert (listed[BUNDLED].parent, listed["red"].parent, listed["red"].kind) == (None, BUNDLED, "adapter")
     assert client.models.retrieve("red").id == "red"
     assert client.models.retrieve(BUNDLED).max_model_len == 128

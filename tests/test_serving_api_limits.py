@@ -67,7 +67,6 @@ def error_of(reply) -> tuple[int, str, str]:
         ("completions", {"logit_bias": {"x": 1}}, 400, "invalid_parameter", "logit_bias"),
         ("completions", {"n": 5}, 400, "too_many_answers", "1 prompts with 5 answers each; at most 4"),
         ("completions", {"model": ""}, 400, "invalid_parameter", "model"),
-        ("completions", {"model": "auto"}, 404, "model_not_found", "model 'auto' is not served"),
         ("completions", {"model": "\x00"}, 404, "model_not_found", r"'\x00'"),
         ("completions", {"model": "../../etc/passwd"}, 404, "model_not_found", "is not served"),
         ("completions", {"model": "x" * 10_000}, 400, "invalid_parameter", "(10000 characters)"),

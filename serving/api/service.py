@@ -42,6 +42,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.started = int(time.time())
+        self.at_close: list[Callable[[], None]] = []
         self.admission = Admission(self.config.memory.slots, self.config.limits.queue)
         self.metrics = Metrics(self.gauges, self.config.limits.adapter_labels)
         self._store_threads = ThreadPoolExecutor(_STORE_THREADS, "loramux-store")
@@ -89,6 +90,8 @@ class Service:
         }
 
     def close(self) -> None:
+        for close in self.at_close:
+            close()
         self._store_threads.shutdown(wait=False)
         self._text_thread.shutdown(wait=False)
 
