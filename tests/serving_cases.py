@@ -60,7 +60,7 @@ class Live:
 @contextmanager
 def live_server(environment: Mapping[str, str] | None = None, **settings: Any) -> Iterator[Live]:
     """Start a server on a free port, and stop it at the end."""
-    config = parse(ServeConfig, {"base": BUNDLED, "port": 0, **settings}, where="settings")
+    config = parse(ServeConfig, {"port": 0, **settings}, where="settings")
     service, engine = open_service(config, environment or {})
     listener = listen(config)
     engine.start()
