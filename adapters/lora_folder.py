@@ -326,12 +326,11 @@ def _stock_layers(settings: _Settings, base: Any, folder: Path) -> dict[str, Sto
 
 
 def _planned(layers: Mapping[str, StockLinear]) -> dict[str, LinearPlan]:
+    def shape(factors: Any) -> tuple[int, ...]:
+        return tuple(factors[_ADAPTER].weight.shape)
+
     return {
-        name: LinearPlan(
-            down=tuple(layer.lora_A[_ADAPTER].weight.shape),
-            up=tuple(layer.lora_B[_ADAPTER].weight.shape),
-            scale=layer.scaling[_ADAPTER],
-        )
+        name: LinearPlan(down=shape(layer.lora_A), up=shape(layer.lora_B), scale=layer.scaling[_ADAPTER])
         for name, layer in layers.items()
     }
 
