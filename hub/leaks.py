@@ -95,7 +95,7 @@ def find_leaks(files: Mapping[str, Path | bytes], examples: Examples) -> list[Le
         breaks = [match.start() for match in re.finditer("\n", text)]
         for kind, begins, start in itertools.chain(_of_known_shape(text), _of_data(text, examples)):
             leaks.append(Leak(kind, name, bisect_right(breaks, start) + 1, begins))
-    return leaks
+    return list(dict.fromkeys(leaks))
 
 
 def refuse_leaks(leaks: Iterable[Leak], allowed: Iterable[str]) -> None:

@@ -207,7 +207,8 @@ def _chosen(source: Source) -> Iterable[str]:
     """What was chosen or written to be read: the examples on cards, and the tasks' descriptions."""
     for adapter in source.adapters:
         yield adapter.description
-        yield from (example.prompt for example in adapter.examples)
+        for example in adapter.examples:  # an answer of one example may be the prompt of another
+            yield from (example.prompt, example.wanted, example.answer or "")
     yield from (task.description for task in source.tasks)
 
 

@@ -243,6 +243,15 @@ def test_what_looks_private_stops_everything(
     put(copy, "mia/leaky", local_hub, allow=("token", "home-path", "example"))
 
 
+def test_an_answer_on_the_card_may_be_the_prompt_of_another_example(local_hub: RunningHub, copy: Path) -> None:
+    rows = [json.loads(line) for line in (copy / "predictions.jsonl").read_text().splitlines()]
+    said = "sound of the mouse of the snake is"
+    changed = [row | {"prediction": said, "reference": said} if row["index"] == 0 else row for row in rows]
+    (copy / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    (change,) = plan_publication(copy, "mia/answers", PublishConfig(), Remote(local_hub.url))
+    assert said.encode() in next(entry.content for entry in change.sent if entry.path == "README.md")
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
