@@ -77,14 +77,26 @@ def test_sigterm_under_load_loses_no_answer_and_later_requests_are_told(loras):
 
 
 def test_a_second_signal_does_not_wait(loras):
-    with serving("--adapters", str(loras)) as (process, url, _):
+    with live_server(adapters=[str(loras)]) as live:
         body = {"model": "red", "prompt": PROMPT, "max_tokens": 110, "ignore_eos": True, "n": 64, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
-            process.send_signal(signal.SIGTERM)
-            wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+        with httpx.stream("POST", f"{live.url}/v1/completions", json=body, timeout=60) as reply:
+            live.server.handle_exit(signal.SIGTERM, None)
+            assert live.call("GET", "/ready").status_code == 503
+            assert live.thread.is_alive()
+            live.server.handle_exit(signal.SIGTERM, None)
+            live.thread.join(20)
+            assert not live.thread.is_alive()
             assert reply.status_code == 200
+
+
+def test_what_takes_longer_than_the_drain_is_told(loras):
+    with live_server(adapters=[str(loras)], limits={"drain_s": 0.01}) as live:
+        body = {"model": "red", "prompt": PROMPT, "max_tokens": 110, "ignore_eos": True, "n": 64, "stream": True}
+        with httpx.stream("POST", f"{live.url}/v1/completions", json=body, timeout=60) as reply:
+            live.server.handle_exit(signal.SIGTERM, None)
+            assert '"code":"shutting_down"' in reply.read().decode()
+        live.thread.join(20)
+        assert not live.thread.is_alive()
 
 
 @pytest.mark.parametrize(

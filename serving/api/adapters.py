@@ -16,9 +16,10 @@ from .service import Service, service_of
 
 router = APIRouter()
 Served = Annotated[Service, Depends(service_of)]
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/load_lora_adapter", responses=_TEXT)
 async def load_lora_adapter(body: LoadLora, service: Served) -> Response:
     """Load an adapter, as with vLLM; `load_inplace` replaces one of the same name."""
     name, path = body.lora_name, body.lora_path
@@ -32,7 +33,7 @@ async def load_lora_adapter(body: LoadLora, service: Served) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", responses=_TEXT)
 async def unload_lora_adapter(body: UnloadLora, service: Served) -> Response:
     """Unload an adapter, as with vLLM; answers in the making are finished first."""
     await _change(service, "unload", body.lora_name, lambda: service.store.unload(body.lora_name))

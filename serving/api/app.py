@@ -20,11 +20,13 @@ def build_app(service: Service) -> FastAPI:
         docs_url=None,  # pages that load scripts from elsewhere
         redoc_url=None,
         responses=_ERRORS,  # type: ignore[arg-type]
-        dependencies=[Security(HTTPBearer(auto_error=False))],  # for the schema; the gate checks keys
     )
     app.state.service = service
+    app.include_router(operation.public)
+    # Only so that the schema says it: the gate checks keys, before it reads a body.
+    guard = [Security(HTTPBearer(auto_error=False))] if service.keys.clients else []
     for part in (generation, embeddings, models, adapters, operation):
-        app.include_router(part.router)
+        app.include_router(part.router, dependencies=guard)
     add_error_handlers(app)
     app.add_middleware(Gate, service=service)
     return app

@@ -19,10 +19,11 @@ from .service import Service, service_of
 router = APIRouter()
 Served = Annotated[Service, Depends(service_of)]
 _DEFAULT_TOKENS = 64
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _ANY_OBJECT = '{"type": "object"}'
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=_STREAMED)
 async def completions(body: CompletionBody, request: Request, service: Served) -> Response:
     """Continue one or several prompts."""
     prompts = await prompt_ids(service, body.prompt)
@@ -31,7 +32,7 @@ async def completions(body: CompletionBody, request: Request, service: Served) -
     return await _answer(service, request, body, prompts, sampling, CompletionFormat())
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=_STREAMED)
 async def chat(body: ChatBody, request: Request, service: Served) -> Response:
     """Answer the last message of a conversation."""
     if body.top_logprobs is not None and not body.logprobs:

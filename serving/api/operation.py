@@ -10,12 +10,12 @@ from starlette.responses import JSONResponse, Response
 from ..errors import ServingError
 from .service import Service, service_of
 
-router = APIRouter()
+public, router = APIRouter(), APIRouter()
 Served = Annotated[Service, Depends(service_of)]
 _PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 
 
-@router.get("/health")
+@public.get("/health")
 async def health(service: Served) -> Response:
     """Whether the server lives: 503 once its engine does not."""
     if not service.engine.is_alive:
@@ -23,7 +23,7 @@ async def health(service: Served) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready")
+@public.get("/ready")
 async def ready(service: Served) -> Response:
     """Whether it takes requests: 503 while it shuts down."""
     if service.admission.is_draining:
@@ -31,7 +31,7 @@ async def ready(service: Served) -> Response:
     return await health(service)
 
 
-@router.get("/metrics")
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: Served) -> Response:
     """What Prometheus reads."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -53,13 +53,13 @@ async def status(service: Served) -> Response:
     )
 
 
-@router.get("/", include_in_schema=False)
+@public.get("/", include_in_schema=False)
 async def page() -> Response:
     """The live page."""
     return _page_file("page.html")
 
 
-@router.get("/page/{name}", include_in_schema=False)
+@public.get("/page/{name}", include_in_schema=False)
 async def page_file(name: str) -> Response:
     """Its style and its script."""
     if name not in _PAGE:
