@@ -131,10 +131,11 @@ def diff(arguments: argparse.Namespace) -> None:
 
 def _show_pair(pair: Difference, first: str, second: str, *, layers: bool) -> None:
     rows = [[key, *values] for key, values in pair.settings.items()]
-    rows += [[name, *(_percent(value) for value in values)] for name, values in pair.scores.items()]
-    show_table(
-        f"{pair.folder}: {'what differs, and scores in %' if rows else 'same settings'}", ["", first, second], rows
-    )
+    rows += [[name, *(_percent(value) for value in both)] for name, both in pair.scores.items() if both[0] != both[1]]
+    if rows:
+        show_table(f"{pair.folder}: what differs (scores in %)", ["", first, second], rows)
+    else:
+        say(f"{pair.folder}: same settings and scores")
     if pair.layers is None:
         say("weights: only plain LoRAs of one base are compared")
         return

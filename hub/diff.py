@@ -92,13 +92,14 @@ class _Place:
         root = Path(name).expanduser()
         if not root.is_dir():
             root = pull(name, remote).folder
-        folders = [root] if (root / CONFIG).is_file() else adapter_folders(root)
+        own = Path(name.partition("@")[0]).name  # what is in the cache is called by its commit
+        folders = {own: root} if (root / CONFIG).is_file() else {f.name: f for f in adapter_folders(root)}
         if not folders:
             raise ConfigError(f"{name}: holds no adapters ({CONFIG})")
         path = root / MANIFEST
         manifest = read_manifest(path.read_text(encoding="utf-8"), name) if path.is_file() else None
-        scores = {task.folder or root.name: task.named_scores for task in (manifest.tasks if manifest else ())}
-        return cls({folder.name: folder for folder in folders}, scores)
+        scores = {task.folder or own: task.named_scores for task in (manifest.tasks if manifest else ())}
+        return cls(folders, scores)
 
 
 def _difference(a: _Place, b: _Place, first: str, second: str) -> Difference:

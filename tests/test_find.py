@@ -90,8 +90,7 @@ def test_the_commands_print_it(remote: Remote, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().out
     assert all(text in told for text in (f"base: {BASE}", "licence: mit", "signed: no", "mixture", "task named"))
     assert main(["diff", "mia/three", "mia/three@main", *end]) == 0
-    assert "colour: what differs, and scores in %" in (told := capsys.readouterr().out)
-    assert "weights: 0 apart on average" in told
+    assert "colour: same settings and scores\nweights: 0 apart on average" in capsys.readouterr().out
 
 
 def test_adapters_are_compared_setting_by_setting_and_layer_by_layer(
@@ -111,7 +110,12 @@ def test_adapters_are_compared_setting_by_setting_and_layer_by_layer(
     assert pair.layers
     assert all(layer.apart == pytest.approx(0.5) and layer.cosine == pytest.approx(1) for layer in pair.layers)
     assert main(["diff", "tom/home", str(other), "--endpoint", remote.endpoint]) == 0
-    assert "updates by layer" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "updates by layer" in told
+    assert "home / other: same settings and scores" in told
+    mixture = str(finished_job / "mixture")
+    assert main(["diff", mixture, str(other), "--endpoint", remote.endpoint]) == 0
+    assert "mixture / other: what differs (scores in %)" in capsys.readouterr().out
 
 
 def test_places_with_several_adapters_are_matched_by_name(remote: Remote, finished_job: Path, tmp_path: Path) -> None:
