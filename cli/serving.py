@@ -44,6 +44,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from ..serving.config import load_serve_config
     from ..serving.launch import open_service
     from ..serving.server import serve
+    from ..serving.threads import compute_on_one_thread
     from .commands import quieten_libraries
 
     quieten_libraries()
@@ -55,7 +56,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         "port": arguments.port,
     }
     given = {key: value for key, value in named.items() if value not in (None, [])}
-    service, engine = open_service(load_serve_config(arguments.config, arguments.set, given), os.environ)
+    config = load_serve_config(arguments.config, arguments.set, given)
+    service, engine = open_service(config, os.environ, threads=compute_on_one_thread())
     serve(service, engine)
 
 

@@ -49,8 +49,11 @@ class Opened:
     mixtures: Mixtures | None = None
 
 
-def open_service(config: ServeConfig, environment: Mapping[str, str]) -> tuple[Service, Engine]:
+def open_service(config: ServeConfig, environment: Mapping[str, str], *, threads: int = 0) -> tuple[Service, Engine]:
     """Load everything; nothing runs yet.
+
+    Args:
+        threads: as in `EngineOptions`.
 
     Raises:
         ConfigError: the settings, the base or the keys cannot be used.
@@ -62,7 +65,7 @@ def open_service(config: ServeConfig, environment: Mapping[str, str]) -> tuple[S
             raise ConfigError(f"adapters: {folder} is not a folder")
     opened = _opened_run(config) if config.runs else _opened_base(config)
     layout = layout_of(opened.model)
-    engine = Engine(opened.model, opened.tokenizer, layout, _engine_options(config), opened.mixtures)
+    engine = Engine(opened.model, opened.tokenizer, layout, _engine_options(config, threads), opened.mixtures)
     mixtures = {} if opened.mixtures is None else {name: opened.mixtures.tasks(name) for name in opened.mixtures.names}
     memory = config.memory
     store = AdapterStore(
@@ -149,7 +152,7 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _engine_options(config: ServeConfig) -> EngineOptions:
+def _engine_options(config: ServeConfig, threads: int) -> EngineOptions:
     """The engine lets no more requests wait than are admitted."""
     memory = config.memory
     return EngineOptions(
@@ -157,4 +160,5 @@ def _engine_options(config: ServeConfig) -> EngineOptions:
         max_cache_tokens=memory.cache_tokens,
         prefix_bytes=memory.prefix_bytes,
         max_waiting=memory.slots + config.limits.queue,
+        threads=threads,
     )

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("ray", reason="the extra loramux[ray] is not installed")
 
-from serving_cases import PROMPT, stock_text, write_loras
+from serving_cases import PROMPT, stock_text, wait_for, write_loras
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 KEY = "a key of the test alone"
@@ -94,3 +94,13 @@ def test_an_adapter_is_replaced_on_all_replicas_at_once(url, loras):
     assert again.status_code == 200, again.text
     wanted = stock_text(loras / "green")
     assert {complete(url, "changing").json()["choices"][0]["text"] for _ in range(8)} == {wanted}
+
+
+def test_the_automatic_choice_is_a_deployment_that_follows_adapters(url, loras):
+    admin = {"Authorization": f"Bearer {KEY}"}
+    for name, prompts in (("numbers", ["7 12 3 19", "4 8 15"]), ("stories", ["Mia hid the red cup in the garden."])):
+        body = {"name": name, "source": str(loras / "red"), "prompts": prompts}
+        loaded = httpx.post(f"{url}/v1/lora_adapters", json=body, headers=admin, timeout=60)
+        assert loaded.status_code == 201, loaded.text
+    wait_for(lambda: complete(url, "auto", prompt="5 9 11 2").headers.get("x-loramux-adapter") == "numbers")
+    assert complete(url, "auto").headers["x-loramux-adapter"] == "stories"

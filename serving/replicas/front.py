@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from ...support.errors import did_you_mean
+from ..choice import Choice
 from ..engine import EngineStats
 from ..errors import ServingError
 from ..generations import AdapterInfo, Lease
@@ -30,6 +31,12 @@ def call(work: Callable[[], Any]) -> Any:
         raise _refusal(error) from None
 
 
+def embedder(replicas: Any) -> Callable[[list[list[int]]], "Future[Tensor]"]:
+    """Has prompts read by any replica, as `Engine.embed` has them read."""
+    threads = ThreadPoolExecutor(_THREADS, "loramux-replicas")
+    return lambda prompts: threads.submit(lambda: call(replicas.embed.remote(prompts).result))
+
+
 def _refusal(error: RayTaskError) -> Exception:
     return error.cause if isinstance(error.cause, ServingError) else error
 
@@ -41,7 +48,7 @@ class RemoteEngine:
 
     def __init__(self, replicas: Any, facts: BaseFacts) -> None:
         self._replicas, self._facts = replicas, facts
-        self._threads = ThreadPoolExecutor(_THREADS, "loramux-replicas")
+        self.embed = embedder(replicas)
         self._running: set[asyncio.Task[None]] = set()
         self._finished = self._tokens = 0
 
@@ -54,9 +61,6 @@ class RemoteEngine:
         task = asyncio.get_running_loop().create_task(self._answer(request))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-
-    def embed(self, prompts: list[list[int]]) -> "Future[Tensor]":
-        return self._threads.submit(lambda: call(self._replicas.embed.remote(prompts).result))
 
     def stats(self) -> EngineStats:
         """Of the front; what waits in replicas is in Ray's own metrics."""
@@ -97,6 +101,16 @@ async def _cancel_with(request: Request, events: Any) -> None:
     events.cancel()
 
 
+class RemoteChooser:
+    """Asks the deployment that chooses; see `choosing.Choosing`."""
+
+    def __init__(self, choosing: Any) -> None:
+        self._choosing = choosing
+
+    def choose(self, prompt: list[int]) -> Choice:
+        return call(self._choosing.choose.remote(prompt).result)
+
+
 class RemoteStore:
     """The adapters by name. Replicas read them when the first request comes; see `store.AdapterStore` for what is the
     same here."""
@@ -104,6 +118,7 @@ class RemoteStore:
     def __init__(self, replicas: Any, reserved: Sequence[str]) -> None:
         self._replicas, self._reserved = replicas, frozenset(reserved)
         self._infos: dict[str, AdapterInfo] = {}
+        self._listeners: list[Callable[[], None]] = []
         self._prompts: dict[str, tuple[str, ...]] = {}
         self._lock = Lock()
 
@@ -115,6 +130,10 @@ class RemoteStore:
         """Of every adapter, the prompts that tell what it is for."""
         with self._lock:
             return dict(self._prompts)
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after every change; it must be quick."""
+        self._listeners.append(listener)
 
     def load(
         self,
@@ -143,6 +162,7 @@ class RemoteStore:
                 raise ServingError("adapter_exists", f"{name!r} is served already; replace it", 409)
             self._infos[name] = info
             self._prompts[name] = tuple(prompts) or self._prompts.get(name, ())
+        self._tell()
         return info
 
     def replace(
@@ -161,6 +181,7 @@ class RemoteStore:
         with self._lock:
             self._known(name)
             del self._infos[name], self._prompts[name]
+        self._tell()
 
     def pin(self, name: str, pinned: bool) -> AdapterInfo:
         raise _no_pins()
@@ -180,6 +201,10 @@ class RemoteStore:
         key = "+".join(f"{content.generation}*{share}" for content, share in contents)
         route = RemoteRoute(called or "+".join(weights), key, contents=contents)
         return Lease(route, tuple(infos), lambda: None)
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def _known(self, name: str) -> AdapterInfo:
         if name not in self._infos:

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
@@ -18,6 +18,7 @@ from ..generations import AdapterInfo
 from ..launch import open_service
 from ..ports import Lease
 from ..request import BASE, Chunk, Event, Request, Route, Sampling
+from ..threads import compute_on_one_thread
 
 RESIDENT = 64
 """Adapters that a replica holds for Ray's multiplexing; the least recently used one leaves."""
@@ -66,13 +67,12 @@ class Replica:
     """Makes answers; a deployment of Ray Serve.
 
     Args:
-        settings: of `ServeConfig`, as data.
+        settings: of `ServeConfig`, as data: a base, and roots below which adapters lie.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         config = parse(ServeConfig, settings, where="settings")
-        roots = (*config.roots, *config.adapters, *(run / "exports" for run in config.runs))
-        self._service, self._engine = open_service(replace(config, adapters=(), runs=(), roots=roots), {})
+        self._service, self._engine = open_service(config, {}, threads=compute_on_one_thread())
         self._contents: dict[str, Content] = {}
         self._engine.start()
 
