@@ -25,17 +25,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import kendalltau
 from torch import Tensor
 
-from loramux.hub.recommend import Candidate, Signs, answer_losses, ordered, read_signs, values
+from loramux.hub.recommend import Candidate, Signs, ordered, read_signs, values
 from loramux.hub.source import read_source
-from loramux.tasks import EncodedTask, collate
+from loramux.hub.trial import answer_losses, fine_tune
+from loramux.tasks import EncodedTask
 from loramux.training.assess import encode_tasks
 from loramux.training.run import load_run, open_base
 
-RULES: dict[str, Callable[[Signs], Tensor]] = {
-    "few-shot loss": lambda signs: -signs.losses.mean(1),
-    "similarity": lambda signs: signs.similarity.mean(1),
-    "both (`loramux recommend`)": values,
+TRIAL_STEPS = 8
+RULES: dict[str, Callable[[Signs, Signs], Tensor]] = {
+    "few-shot loss": lambda signs, _: -signs.losses.mean(1),
+    "similarity of prompts": lambda signs, _: signs.similarity.mean(1),
+    "both: `loramux recommend`": lambda signs, _: values(signs),
+    f"with `--trial-steps {TRIAL_STEPS}`": lambda _, tried: values(tried),
 }
+"""What can be known before: candidates by the signs as they are, and after a short trial."""
 
 
 def few(task: EncodedTask, shots: int, seed: int) -> EncodedTask:
@@ -48,22 +52,7 @@ def few(task: EncodedTask, shots: int, seed: int) -> EncodedTask:
     )
 
 
-def fine_tune(model: PeftModel, task: EncodedTask, pad_id: int, steps: int, rate: float) -> PeftModel:
-    batch = collate([(0, row) for row in task.splits["train"]], pad_id)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for _ in range(steps):
-        model(**inputs).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-def study(place: Path, shots: int, steps: int, seeds: Sequence[int], limit: int, rate: float) -> list[dict]:
+def study(place: Path, shots: int, steps: int, seeds: Sequence[int], limit: int) -> list[dict]:
     run = load_run(place)
     tasks = {task.name: task for task in encode_tasks(run)}
     source = read_source(place, examples=3)
@@ -75,8 +64,8 @@ def study(place: Path, shots: int, steps: int, seeds: Sequence[int], limit: int,
 
     def tuned_loss(model: PeftModel, task: EncodedTask) -> float:
         """Nats per answer token on the test split, after a few steps on the few examples."""
-        fine_tune(model, task, tokenizer.pad_token_id or 0, steps, rate)
-        loss = answer_losses(model, tokenizer, task.splits["test"][:limit]).mean().item()
+        fine_tune(model, task.splits["train"], tokenizer.pad_token_id or 0, steps)
+        loss = answer_losses(model.eval(), tokenizer, task.splits["test"][:limit]).mean().item()
         model.unload()
         return loss
 
@@ -85,6 +74,7 @@ def study(place: Path, shots: int, steps: int, seeds: Sequence[int], limit: int,
             task = few(whole, shots, seed)
             others = [candidate for other, candidate in candidates.items() if other != name]
             signs = read_signs(task, others, base, tokenizer, shots=shots)
+            tried = read_signs(task, others, base, tokenizer, shots=shots, trial_steps=TRIAL_STEPS)
             tuned = {}
             for other in others:
                 torch.manual_seed(seed)
@@ -94,9 +84,11 @@ def study(place: Path, shots: int, steps: int, seeds: Sequence[int], limit: int,
             config = LoraConfig.from_pretrained(str(others[0].folder))
             config.inference_mode = False
             scratch = tuned_loss(get_peft_model(base, config), task)
-            best = ordered(others, signs)[0]
+            best = ordered(others, tried)[0]
             case = {"task": name, "seed": seed, "tuned": tuned, "scratch": scratch, "sure": best.first}
-            case["rules"] = {rule: dict(zip(tuned, key(signs).tolist(), strict=True)) for rule, key in RULES.items()}
+            case["rules"] = {
+                rule: dict(zip(tuned, key(signs, tried).tolist(), strict=True)) for rule, key in RULES.items()
+            }
             cases.append(case)
             print(f"{name}, seed {seed}: {best.candidate.name} first in {best.first:.0%}", flush=True)
     return cases
@@ -138,13 +130,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    cases = study(arguments.run, arguments.shots, arguments.steps, seeds, arguments.limit, arguments.rate)
+    cases = study(arguments.run, arguments.shots, arguments.steps, seeds, arguments.limit)
     if arguments.json:
         arguments.json.write_text(json.dumps(cases, indent=1))
     print(table(cases))

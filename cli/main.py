@@ -436,7 +436,7 @@ def _add_recommend(commands: Commands) -> None:
         "how sure the order is.",
         """
   loramux recommend --task mine.yaml --from runs/moa
-  loramux recommend --task mine.yaml --from mia/eight --from tom/numbers --shots 64
+  loramux recommend --task mine.yaml --from mia/eight --from tom/numbers --trial-steps 8
   loramux recommend --task mine.yaml --base HuggingFaceTB/SmolLM2-135M --from intent""",
     )
     parser.add_argument("--task", metavar="FILE", required=True, help="a task file with one task, or a folder of data")
@@ -450,6 +450,14 @@ def _add_recommend(commands: Commands) -> None:
     )
     parser.add_argument("--base", metavar="MODEL", help="the base (default: the one that the adapters name)")
     parser.add_argument("--shots", type=_positive, default=32, metavar="N", help="examples to look at (default: 32)")
+    parser.add_argument(
+        "--trial-steps",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="judge each adapter by half of the examples after N steps of training on the other half (8 tells much\n"
+        "more; default: 0, as it is)",
+    )
     parser.add_argument("--limit", type=_positive, default=20, metavar="N", help="of each search (default: 20)")
     _add_endpoint(parser)
 

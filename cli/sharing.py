@@ -157,7 +157,9 @@ def recommend(arguments: argparse.Namespace) -> None:
     choice = gather(arguments.sources, Remote(arguments.endpoint), base=arguments.base, limit=arguments.limit)
     model, tokenizer = load_base(choice.base, revision=choice.revision)
     encoded = encode_task(tasks[0], tokenizer, max_length=positions_of(model) or LONGEST)
-    found = order(encoded, choice.candidates, model, tokenizer, shots=arguments.shots)
+    found = order(
+        encoded, choice.candidates, model, tokenizer, shots=arguments.shots, trial_steps=arguments.trial_steps
+    )
     rows = [
         [
             each.candidate.name,
@@ -173,6 +175,8 @@ def recommend(arguments: argparse.Namespace) -> None:
     head = ["adapter", "loss", "better than the base by", "prompts alike", "measured, %", "first in"]
     show_table(f"for {tasks[0].name}, from {used} of its examples (loss: nats per answer token)", head, rows)
     say(_verdict(found))
+    if not arguments.trial_steps:
+        say("adapters were judged as they are; a short trial of each tells more (--trial-steps 8)")
 
 
 def _verdict(found: list[Recommended]) -> str:

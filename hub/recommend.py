@@ -1,9 +1,10 @@
 """Which published adapters are likely to help on a task of one's own.
 
-Three signs are put together. How well each adapter predicts a few answers of the task, in one forward pass per adapter
-(the few-shot loss; Vu et al. 2020 and Poth et al. 2021, "What to pre-train on?", compare such signs). How alike the
-task's prompts and the prompts on the adapter's card are to the frozen base (RouterRetriever, Lee et al. 2024). What was
-measured on the task's own data set, where a card tells. How sure the order is, resampling of the examples tells.
+Three signs are put together. How well each adapter predicts a few answers of the task: as it is, in one forward pass
+(the few-shot loss; Poth et al. 2021, "What to Pre-Train on?", compare such signs), or better, on one half of the
+examples after a short trial on the other. How alike the task's prompts and the prompts on the adapter's card are to the
+frozen base (RouterRetriever, Lee et al. 2024). What was measured on the task's own data set, where a card tells. How
+sure the order is, resampling of the examples tells.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapters.prompt import pool_prompt
 from ..support.console import track
 from ..support.errors import ConfigError
-from ..tasks import Encoded, EncodedTask
-from ..training.answers import Respondent, right_padded
+from ..tasks import EncodedTask
+from ..training.answers import right_padded
 from ..training.evaluate import eval_mode
+from .trial import answer_losses, losses_of, trial_losses
 
 SIMILARITY_WEIGHT, MEASURED_WEIGHT = 0.25, 0.5
 """Of one standard deviation of similarity, and of a score of 1, against one standard deviation of the few-shot loss."""
@@ -51,7 +52,7 @@ class Signs:
     """What is known of C candidates over N examples of the task.
 
     Attributes:
-        losses: (C, N), nats per answer token.
+        losses: (C, N), nats per answer token, of each candidate as it is or after its trial on other examples.
         base_losses: (N,), of the base without an adapter.
         similarity: (C, N), cosine of each prompt with the mean prompt of the candidate; NaN where it shows none.
         measured: (C,), its score on the task's own data set; NaN where that was not measured.
@@ -91,6 +92,7 @@ def recommend(
     tokenizer: PreTrainedTokenizerBase,
     *,
     shots: int = 32,
+    trial_steps: int = 0,
     seed: int = 0,
 ) -> list[Recommended]:
     """Order candidates by how much they promise for a task, the best first.
@@ -98,16 +100,17 @@ def recommend(
     Args:
         base: bare; it is bare again afterwards.
         shots: examples of the training split to look at.
+        trial_steps: steps of training that each candidate gets before it is judged, see `trial_losses`.
 
     Raises:
         ConfigError: there is nothing to choose from.
     """
     if not candidates:
         raise ConfigError("no adapters to choose from")
-    return ordered(candidates, read_signs(task, candidates, base, tokenizer, shots=shots), seed=seed)
+    signs = read_signs(task, candidates, base, tokenizer, shots=shots, trial_steps=trial_steps)
+    return ordered(candidates, signs, seed=seed)
 
 
-@torch.no_grad()
 def read_signs(
     task: EncodedTask,
     candidates: Sequence[Candidate],
@@ -115,8 +118,13 @@ def read_signs(
     tokenizer: PreTrainedTokenizerBase,
     *,
     shots: int,
+    trial_steps: int = 0,
 ) -> Signs:
-    """Ask the base and every candidate about the first `shots` training examples of a task."""
+    """Ask the base and every candidate about the first `shots` training examples of a task.
+
+    Raises:
+        ConfigError: one example cannot be halved for a trial.
+    """
     rows = task.splits["train"][:shots]
     prompts = [example.prompt.strip() for example in task.examples["train"][:shots]]
     losses = []
@@ -125,9 +133,10 @@ def read_signs(
         similarity = [_similarity(queries, candidate, base, tokenizer) for candidate in candidates]
         base_losses = answer_losses(base, tokenizer, rows)
         for candidate in track(candidates, "adapters"):
-            model = PeftModel.from_pretrained(base, str(candidate.folder)).eval()
-            losses.append(answer_losses(model, tokenizer, rows))
-            model.unload()
+            if trial_steps:
+                losses.append(trial_losses(base, candidate.folder, tokenizer, rows, trial_steps))
+            else:
+                losses.append(losses_of(base, candidate.folder, tokenizer, rows))
     data = task.task.config.source.dataset or ""
     measured = [candidate.scores.get(data, float("nan")) for candidate in candidates]
     return Signs(torch.stack(losses), base_losses, torch.stack(similarity), torch.tensor(measured))
@@ -190,6 +199,7 @@ def _similarity(
     return queries @ F.normalize(prototype, dim=0)
 
 
+@torch.no_grad()
 def _embedded(prompts: Sequence[str], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Mean last hidden states of the base, of length one, `(prompts, width)`."""
     parts = []
@@ -198,16 +208,3 @@ def _embedded(prompts: Sequence[str], base: PreTrainedModel, tokenizer: PreTrain
         ids, mask = right_padded(rows, tokenizer.pad_token_id or 0, base.device)
         parts.append(pool_prompt(base, ids, {"attention_mask": mask}, mask.bool()))
     return F.normalize(torch.cat(parts).float().cpu(), dim=-1)
-
-
-@torch.no_grad()
-def answer_losses(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> Tensor:
-    """Nats per token of each answer, `(rows,)`."""
-    respondent, losses = Respondent(model, tokenizer), []
-    for start in range(0, len(rows), _BATCH):
-        part = rows[start : start + _BATCH]
-        prompts = [row.input_ids[: row.prompt_length] for row in part]
-        answers = [row.input_ids[row.prompt_length :] for row in part]
-        scores = respondent.option_scores(prompts, [[answer] for answer in answers])
-        losses += [-score / len(answer) for (score,), answer in zip(scores, answers, strict=True)]
-    return torch.tensor(losses)

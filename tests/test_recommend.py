@@ -16,6 +16,7 @@ from loramux.hub.candidates import gather
 from loramux.hub.publish import PublishConfig, plan_publication, publish
 from loramux.hub.recommend import Candidate, Signs, ordered, read_signs, recommend, values
 from loramux.hub.remote import Remote
+from loramux.hub.trial import losses_of, trial_losses
 from loramux.support.errors import AdapterError, ConfigError
 from loramux.tasks import encode_task, load_tasks
 
@@ -67,6 +68,22 @@ def test_the_signs_are_what_stock_peft_and_the_base_say(finished_job: Path) -> N
     assert signs.measured.isnan().all()
 
 
+def test_a_trial_trains_on_one_half_and_judges_by_the_other(finished_job: Path) -> None:
+    base, tokenizer = load_base(BASE)
+    rows = encode_task(load_tasks(finished_job.parent / "data" / "home")[0], tokenizer, max_length=64).splits["train"]
+    place = finished_job / "exports" / "sound"
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    as_it_is = losses_of(base, place, tokenizer, rows[:8])
+    tried = trial_losses(base, place, tokenizer, rows[:8], steps=30)
+    assert tried.shape == (8,)
+    assert tried.mean() < 0.8 * as_it_is.mean()  # answers of two kinds, so half of the examples teach the other half
+    assert all(torch.equal(before[name], parameter) for name, parameter in base.named_parameters())
+    nothing = trial_losses(base, place, tokenizer, rows[:8], steps=0)
+    assert torch.allclose(nothing, as_it_is, atol=1e-5)
+    with pytest.raises(ConfigError, match="a trial needs two examples or more"):
+        trial_losses(base, place, tokenizer, rows[:1], steps=1)
+
+
 def test_a_lower_loss_more_alike_prompts_and_a_measured_score_each_count() -> None:
     plain = Signs(torch.ones(3, 8), 2 * torch.ones(8), torch.full((3, 8), nan), torch.full((3,), nan))
     assert values(plain).tolist() == [0, 0, 0]
@@ -98,7 +115,10 @@ def test_an_adapter_of_the_task_itself_comes_first_and_the_command_says_so(
     names = [line.split()[1] for line in told.splitlines() if "mia/three/" in line and line.startswith("│")]
     assert set(names) == {"mia/three/colour", "mia/three/home", "mia/three/sound"}
     assert "for sound, from 16 of its examples" in told
-    assert f"{names[0]} " in told.splitlines()[-1]
+    assert f"{names[0]} " in told.splitlines()[-2]
+    assert "a short trial of each tells more (--trial-steps 8)" in told.splitlines()[-1]
+    assert main(["recommend", "--task", str(data), "--from", "mia/three", "--trial-steps", "2", *end]) == 0
+    assert "a short trial" not in capsys.readouterr().out
     assert main(["recommend", "--task", str(data), "--base", BASE, *end]) == 0
     assert "mia/three/colour" in capsys.readouterr().out
 
