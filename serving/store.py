@@ -8,6 +8,7 @@ meanwhile, so adapters that are in memory are leased at once.
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -247,23 +248,14 @@ class AdapterStore:
     def lease(self, name: str) -> Lease:
         """An adapter for one request; one on disk is read first, by one thread for all who wait for it.
 
+        Where all memory is in use, this waits until a request ends.
+
         Raises:
             ServingError: `adapter_not_found`, `adapter_unloading`, `adapter_load_busy`, `adapter_load_timeout`,
                 `adapter_memory_full`, `out_of_memory`; `adapter_files_gone`, `adapter_files_changed` or a code of
                 `AdapterLoader.load` when its files are no more what they were. The adapter stays known.
         """
-        while True:
-            with self._changed:
-                adapter = self._takes_requests(name)
-                generation = adapter.generation
-                self._hold(adapter, generation)
-            try:
-                self._bring(generation)
-                return self._lease(adapter, generation)
-            except BaseException as error:
-                self._let_go(adapter, generation)
-                if not (isinstance(error, ServingError) and generation.retired):
-                    raise  # else it was replaced while it was read: go on with the new one
+        return self._leased_until(name, time.monotonic() + self.limits.load_s)
 
     def lease_now(self, name: str) -> Lease | None:
         """An adapter that is in memory, without waiting for anything; None where it must be read first.
@@ -291,7 +283,7 @@ class AdapterStore:
         parts: list[tuple[Lease, float]] = []
         try:
             for name, share in weights.items():
-                parts.append((self.lease(name), float(share)))
+                parts.append((self._leased_until(name, 0.0), float(share)))  # who holds some waits for none
             return self._mixed(parts)
         except BaseException:
             for lease, _ in parts:
@@ -443,6 +435,29 @@ class AdapterStore:
         return Lease(route, tuple(lease.info for lease, _ in parts), give_back)
 
     # ------------------------------------------------------------------ inside: reading
+
+    def _leased_until(self, name: str, until: float) -> Lease:
+        while True:
+            with self._changed:
+                adapter = self._takes_requests(name)
+                generation = adapter.generation
+                self._hold(adapter, generation)
+            try:
+                self._bring(generation)
+                return self._lease(adapter, generation)
+            except BaseException as error:
+                self._let_go(adapter, generation)
+                if not (isinstance(error, ServingError) and self._may_succeed_now(error, generation, until)):
+                    raise
+
+    def _may_succeed_now(self, error: ServingError, generation: Generation, until: float) -> bool:
+        """Whether to try again: it was replaced while it was read, or others gave memory back meanwhile."""
+        if generation.retired:
+            return True
+        if error.code != "adapter_memory_full":
+            return False
+        with self._changed:
+            return self._changed.wait_for(lambda: self._memory.has_room(generation.nbytes), until - time.monotonic())
 
     def _bring(self, generation: Generation) -> None:
         """Wait until a generation that is held is in memory."""

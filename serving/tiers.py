@@ -36,14 +36,19 @@ class HostMemory:
             raise ServingError(
                 "adapter_too_large", f"{nbytes} bytes in memory; all adapters together have {self.most_bytes}", 413
             )
-        staying = [generation for generation in self._held if not _may_leave(generation)]
-        if sum(g.nbytes for g in staying) + nbytes > self.most_bytes or len(staying) >= self.most_adapters:
+        if not self.has_room(nbytes):
+            staying = sum(not _may_leave(generation) for generation in self._held)
             raise ServingError(
                 "adapter_memory_full",
-                f"{len(staying)} adapters are in use or pinned, and no memory is left for {nbytes} bytes more; try "
-                "again, unpin some, or give adapters more memory",
+                f"{staying} adapters are in use or pinned, and no memory is left for {nbytes} bytes more; try again, "
+                "unpin some, or give adapters more memory",
                 503,
             )
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether those that must stay leave room."""
+        staying = [generation for generation in self._held if not _may_leave(generation)]
+        return sum(g.nbytes for g in staying) + nbytes <= self.most_bytes and len(staying) < self.most_adapters
 
     def admit(self, generation: Generation, lora: PackedLora) -> None:
         """Take factors in; others leave for them where they must.

@@ -438,8 +438,20 @@ def test_bytes_are_a_limit_too(root: Path) -> None:
     assert f"{size} bytes in memory; all adapters together have {size - 1}" in refused.message
 
 
+def test_who_finds_all_memory_in_use_waits_until_a_request_ends(root: Path) -> None:
+    store = make_store(root, adapters=1)
+    store.load("a", "a")
+    store.register("d", root / "d")
+    lease = store.lease("a")
+    threading.Timer(0.3, lease.release).start()
+    began = time.monotonic()
+    with store.lease("d") as other:
+        assert other.info.name == "d"
+    assert 0.2 < time.monotonic() - began < 10
+
+
 def test_pinned_and_leased_adapters_never_leave(root: Path) -> None:
-    store = make_store(root, adapters=2)
+    store = make_store(root, adapters=2, load_s=0.5)
     store.load("a", "a", pin=True)
     store.load("b", "b")
     with store.lease("b"):
