@@ -1,8 +1,8 @@
 """Reading a plain LoRA that others made, from its PEFT folder.
 
 The folder is taken as hostile: no file is unpickled, every size is checked before anything of that size is read, and
-whatever is more than a plain LoRA on linears of the given base is refused with the reason. What the config means (which
-modules, which rank and scale each) is not guessed: stock PEFT adapts a copy of the base that has no memory.
+whatever is more than a plain LoRA on linears of the given base is refused with the reason. Which modules a config
+means is not guessed: stock PEFT adapts a copy of the base that has no memory.
 """
 
 import copy
@@ -13,8 +13,9 @@ import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as StockLinear
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from pydantic import Field, FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -34,7 +36,7 @@ from .low_rank import LowRank
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _LARGEST_CONFIG = 1 << 20
 _LARGEST_HEADER = 1 << 20
-_KEPT_PLANS = 64
+_KEPT_TARGETS = 64
 _LONGEST = 160
 _MOST_REPEATS = 3
 _ADAPTER = "default"
@@ -81,6 +83,18 @@ class _Settings:
         for pattern in (*patterns, *([layers] if isinstance(layers, str) else layers)):
             _check_pattern(pattern)
 
+    @property
+    def targets(self) -> "_Settings":
+        """The part that says where it acts."""
+        return replace(self, r=1, lora_alpha=1, use_rslora=False, rank_pattern=None, alpha_pattern=None)
+
+    def at(self, module: str) -> tuple[int, float]:
+        """Rank and scale at a module, as stock PEFT reads them."""
+        ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), module), self.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), self.lora_alpha)
+        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
 
 class AnotherBase(AdapterError):
     """An adapter that names another base."""
@@ -112,15 +126,22 @@ class PlainLora:
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What a LoRA has for one linear: the shapes of A and B, and the scale that its config gives it."""
+    """What a LoRA has for one linear: its rank, the scale that its config gives it, and the linear's sizes."""
 
-    down: tuple[int, ...]
-    up: tuple[int, ...]
+    rank: int
     scale: float
+    in_features: int
+    out_features: int
 
     @property
-    def rank(self) -> int:
-        return self.down[0]
+    def down(self) -> tuple[int, int]:
+        """The shape of A."""
+        return self.rank, self.in_features
+
+    @property
+    def up(self) -> tuple[int, int]:
+        """The shape of B."""
+        return self.out_features, self.rank
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class LoraPlan:
 class LoraReader:
     """Reads PEFT LoRA folders for one base, from several threads if need be.
 
-    What PEFT makes of a config is kept for the next adapter with the same settings, since it takes most of the time.
+    Which modules PEFT finds for a config is kept for the next adapter of the same modules: it takes most of the time.
 
     Args:
         base: the transformers model they are for, bare or in a hub.
@@ -158,7 +179,7 @@ class LoraReader:
 
     def __init__(self, base: nn.Module, *, base_names: Collection[str] = (), most_bytes: int | None = None) -> None:
         self._base, self._base_names, self._most_bytes = base, {_place(name) for name in base_names}, most_bytes
-        self._plans: OrderedDict[str, Mapping[str, LinearPlan]] = OrderedDict()
+        self._targets: OrderedDict[str, Mapping[str, tuple[int, int]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def plan(self, folder: Path) -> LoraPlan:
@@ -202,14 +223,21 @@ class LoraReader:
             )
 
     def _linears(self, settings: _Settings, folder: Path) -> Mapping[str, LinearPlan]:
-        key = json.dumps(to_data(settings), sort_keys=True)
+        targets = self._sizes(settings.targets, folder)
+        with _put_on(self._base, folder):
+            return {name: LinearPlan(*settings.at(name), *sizes) for name, sizes in targets.items()}
+
+    def _sizes(self, targets: _Settings, folder: Path) -> Mapping[str, tuple[int, int]]:
+        """Width and height of the linears that are adapted, by module name."""
+        key = json.dumps(to_data(targets), sort_keys=True)
         with self._lock:
-            if key not in self._plans:
-                self._plans[key] = _planned(_stock_layers(settings, self._base, folder))
-            self._plans.move_to_end(key)
-            if len(self._plans) > _KEPT_PLANS:
-                self._plans.popitem(last=False)
-            return self._plans[key]
+            if key not in self._targets:
+                layers = _stock_layers(targets, self._base, folder)
+                self._targets[key] = {name: _sizes_of(layer) for name, layer in layers.items()}
+            self._targets.move_to_end(key)
+            if len(self._targets) > _KEPT_TARGETS:
+                self._targets.popitem(last=False)
+            return self._targets[key]
 
     def _read_file(self, path: Path, plan: LoraPlan) -> bytes:
         most = self._largest(plan) if self._most_bytes is None else min(self._most_bytes, self._largest(plan))
@@ -305,18 +333,14 @@ def _place(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _stock_layers(settings: _Settings, base: Any, folder: Path) -> dict[str, StockLinear]:
-    """What stock PEFT would adapt in the base, by module name: layers that tell rank and scale, without memory."""
-    given = {field.name: getattr(settings, field.name) for field in fields(_Settings)}
+def _stock_layers(targets: _Settings, base: Any, folder: Path) -> dict[str, StockLinear]:
+    """What stock PEFT would adapt in the base, by module name, without memory."""
+    given = {field.name: getattr(targets, field.name) for field in fields(_Settings)}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    try:
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            model = type(base)(copy.deepcopy(base.config))
-            # No start is made: some would compute with the base's weights.
-            inject_adapter_in_model(LoraConfig(init_lora_weights=False, **options), model, _ADAPTER)
-    except (ValueError, TypeError, RuntimeError, re.error) as error:
-        reason = _short(" ".join(str(error).split()) or type(error).__name__)
-        raise AdapterError(f"{folder}: PEFT cannot put it on this base ({type(base).__name__}): {reason}") from None
+    with _put_on(base, folder), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        model = type(base)(copy.deepcopy(base.config))
+        # No start is made: some would compute with the base's weights.
+        inject_adapter_in_model(LoraConfig(init_lora_weights=False, **options), model, _ADAPTER)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
         if type(layer) is not StockLinear:
@@ -325,14 +349,20 @@ def _stock_layers(settings: _Settings, base: Any, folder: Path) -> dict[str, Sto
     return layers  # type: ignore[return-value]
 
 
-def _planned(layers: Mapping[str, StockLinear]) -> dict[str, LinearPlan]:
-    def shape(factors: Any) -> tuple[int, ...]:
-        return tuple(factors[_ADAPTER].weight.shape)
+def _sizes_of(layer: StockLinear) -> tuple[int, int]:
+    assert layer.in_features is not None
+    assert layer.out_features is not None
+    return layer.in_features, layer.out_features
 
-    return {
-        name: LinearPlan(down=shape(layer.lora_A), up=shape(layer.lora_B), scale=layer.scaling[_ADAPTER])
-        for name, layer in layers.items()
-    }
+
+@contextmanager
+def _put_on(base: nn.Module, folder: Path) -> Iterator[None]:
+    """What PEFT says against putting an adapter on a base, as our error."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, re.error) as error:
+        reason = _short(" ".join(str(error).split()) or type(error).__name__)
+        raise AdapterError(f"{folder}: PEFT cannot put it on this base ({type(base).__name__}): {reason}") from None
 
 
 def _weights_file(folder: Path) -> Path:

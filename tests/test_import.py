@@ -246,6 +246,7 @@ def test_a_lora_of_other_layers_or_sizes_is_refused(tmp_path):
         ({"lora_alpha": float("nan")}, "lora_alpha: Input should be a finite number"),
         ({"lora_alpha": 1e300}, "the update of 'model.layers.0.self_attn.q_proj' has values that are not finite"),
         ({"rank_pattern": {"q_proj": 10**9}}, "rank_pattern.q_proj: Input should be less than or equal to 65536"),
+        ({"rank_pattern": {"[": 2}}, "PEFT cannot put it on this base"),
         ({"rank_pattern": {"(a+)+b": 2}}, r"the pattern '\(a\+\)\+b' repeats a group"),
         ({"alpha_pattern": {".*.*.*.*q": 2}}, r"the pattern '\.\*\.\*\.\*\.\*q' repeats .* more than 3 times"),
         ({"target_modules": "(x*)*"}, r"the pattern '\(x\*\)\*' repeats a group"),
