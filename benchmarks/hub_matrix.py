@@ -2,8 +2,9 @@
 
     python benchmarks/hub_matrix.py [--versions 2.4.0,1.20.0,1.0.1,0.36.0] [--megabytes 30] [--venvs DIR]
 
-Each version gets a virtual environment of its own in DIR (kept for the next time; pip needs an index), a hub of its own,
-and runs `hub_client.py` in a fresh process, with hf_xet and without. Prints a table in Markdown; fails if anything did.
+Each version gets a virtual environment of its own in DIR (kept for the next time; pip needs an index) and a hub of its
+own, and runs `hub_client.py` in a fresh process, with hf_xet and without. Prints a table in Markdown, seconds for each
+step; fails if anything did.
 """
 
 import argparse

@@ -2,12 +2,15 @@
 
     python benchmarks/hub_throughput.py [MEGABYTES] [--folder DIR] [--repeats N] [--json]
 
-The plain copy is a socket on this machine: one process reads the file and sends, the other writes it to the same disk
-and waits until it is there (fsync), as the hub does. `download` is curl's way (one GET), `snapshot` the stock client's,
-which hashes nothing but writes to its cache. Times but those of uploads are the best of N.
+The plain copy is a socket on this machine: one process reads the file and sends it, the other writes it to the same
+disk and waits until it is there (fsync), as the hub does. The hashed copy also does what both ends of an upload must:
+the sender hashes the file before it starts, the receiver while it writes. `download` is one GET written to the disk,
+`snapshot` is the stock client's. Times but those of uploads are the best of N.
 """
 
 import argparse
+import hashlib
+import http.client
 import json
 import multiprocessing
 import os
@@ -17,14 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 from hub_process import HubProcess, hub_process
 
 PIECE = 1 << 20
+REPO = "someone/copy"
 UPLOAD = """
 import sys, time
 from huggingface_hub import HfApi
@@ -50,26 +52,32 @@ def make_file(path: Path, megabytes: int) -> None:
             file.write(os.urandom(PIECE))
 
 
-def receive(listener: socket.socket, target: Path) -> None:
+def receive(listener: socket.socket, target: Path, hashes: bool) -> None:
     connection, _ = listener.accept()
+    digest = hashlib.sha256()
     with connection, target.open("wb") as file:
         while piece := connection.recv(PIECE):
             file.write(piece)
+            if hashes:
+                digest.update(piece)
         file.flush()
         os.fsync(file.fileno())
-        connection.sendall(b"k")
+        connection.sendall(digest.digest())
 
 
-def plain_copy(source: Path, target: Path) -> float:
+def copy(source: Path, target: Path, *, hashes: bool) -> float:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        receiver = multiprocessing.Process(target=receive, args=(listener, target))
+        receiver = multiprocessing.Process(target=receive, args=(listener, target, hashes))
         receiver.start()
         start = time.perf_counter()
+        if hashes:
+            with source.open("rb") as file:
+                hashlib.file_digest(file, "sha256")
         with socket.create_connection(listener.getsockname()) as connection, source.open("rb") as file:
             while piece := file.read(PIECE):
                 connection.sendall(piece)
             connection.shutdown(socket.SHUT_WR)
-            connection.recv(1)
+            connection.recv(32)
         seconds = time.perf_counter() - start
         receiver.join()
     target.unlink()
@@ -87,43 +95,40 @@ def client(code: str, hub: HubProcess, home: Path, *arguments: str, xet: bool = 
     return float(done.stdout.splitlines()[-1])
 
 
-def download(url: str, target: Path) -> float:
+def download(hub: HubProcess, target: Path) -> float:
     """One GET, written to the disk."""
+    piece = memoryview(bytearray(PIECE))
     start = time.perf_counter()
-    with httpx.stream("GET", url, timeout=600) as answer, target.open("wb") as file:
-        for piece in answer.iter_raw(PIECE):
-            file.write(piece)
+    connection = http.client.HTTPConnection(hub.url.removeprefix("http://"))
+    connection.request("GET", f"/{REPO}/resolve/main/model.safetensors")
+    answer = connection.getresponse()
+    with target.open("wb") as file:
+        while count := answer.readinto(piece):
+            file.write(piece[:count])
         file.flush()
         os.fsync(file.fileno())
     seconds = time.perf_counter() - start
+    connection.close()
     target.unlink()
     return seconds
 
 
 def measure(folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
-    source = folder / "source.bin"
+    source, target, home = folder / "source.bin", folder / "copy.bin", folder / "home"
     make_file(source, megabytes)
-
-    def best(once: Callable[[int], float]) -> float:
-        return min(once(number) for number in range(repeats))
-
-    plain = best(lambda _: plain_copy(source, folder / "copy.bin"))
+    plain, hashed = (min(copy(source, target, hashes=hashes) for _ in range(repeats)) for hashes in (False, True))
     ways = []
     for name, xet in (("Xet", True), ("LFS", False)):
         with hub_process(folder / name) as hub:
-            home, fetched = folder / "home", folder / "fetched.bin"
-
             # Only the first upload sends all of it: later ones would find it there.
-            up = client(UPLOAD, hub, home, "someone/copy-0", str(source), xet=xet)
+            upload = client(UPLOAD, hub, home, REPO, str(source), xet=xet)
             peak = hub.peak_mib()
-            down = best(
-                lambda _, hub=hub: download(f"{hub.url}/someone/copy-0/resolve/main/model.safetensors", fetched)
-            )
-            snapshot = best(lambda _, hub=hub: client(SNAPSHOT, hub, home, "someone/copy-0"))
-            seconds = {"upload": up, "download": down, "snapshot": snapshot}
+            fetch = min(download(hub, target) for _ in range(repeats))
+            snapshot = min(client(SNAPSHOT, hub, home, REPO) for _ in range(repeats))
         shutil.rmtree(folder / name)
+        seconds = {"upload": upload, "download": fetch, "snapshot": snapshot}
         ways.append({"way": name, "seconds": seconds, "server_peak_mib": round(peak, 1)})
-    return {"megabytes": megabytes, "plain_copy": plain, "ways": ways}
+    return {"megabytes": megabytes, "plain_copy": plain, "hashed_copy": hashed, "ways": ways}
 
 
 def main() -> None:
@@ -140,15 +145,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(measured))
         return
-    plain, size = measured["plain_copy"], measured["megabytes"]
-    print(
-        f"{size} MiB; plain copy {plain:.2f} s ({size / plain:.0f} MiB/s)\n\n| way | step | s | MiB/s | x plain copy |"
-    )
-    print("|---|---|---:|---:|---:|")
+    size, plain, hashed = measured["megabytes"], measured["plain_copy"], measured["hashed_copy"]
+    print(f"{size} MiB; plain copy {plain:.2f} s ({size / plain:.0f} MiB/s), hashed copy {hashed:.2f} s\n")
+    print("| way | step | s | MiB/s | x plain copy | x hashed copy |\n|---|---|---:|---:|---:|---:|")
     for way in measured["ways"]:
         for step, seconds in way["seconds"].items():
-            print(f"| {way['way']} | {step} | {seconds:.2f} | {size / seconds:.0f} | {plain / seconds:.2f} |")
-        print(f"| {way['way']} | server's peak memory | {way['server_peak_mib']:.0f} MiB | | |")
+            ratios = f"{plain / seconds:.2f} | {hashed / seconds:.2f}"
+            print(f"| {way['way']} | {step} | {seconds:.2f} | {size / seconds:.0f} | {ratios} |")
+        print(f"| {way['way']} | server's peak memory: {way['server_peak_mib']:.0f} MiB | | | | |")
 
 
 if __name__ == "__main__":

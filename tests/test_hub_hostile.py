@@ -257,7 +257,7 @@ def test_good_and_bad_xet_uploads(web: httpx.Client, hub: RunningHub) -> None:
         (plain, shard(name, len(data) + 1, 2, sha256(data)), f"has {len(data)} bytes, not {len(data) + 1}"),
         (plain, good[:-60], "Malformed shard: it is cut short"),
         (plain, b"nonsense" * 100, "Malformed shard: it does not start"),
-        (plain[:-5], good, "chunk 1 is cut short"),
+        (plain[:-5], good, "last chunk is cut short"),
         (b"\x07" + plain, good, "a header that no chunk has"),
         (xorb(*chunks, scheme=1), good, "Malformed chunk"),
         (xorb(*chunks, scheme=9), good, "Unknown chunk compression 9"),

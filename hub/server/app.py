@@ -46,7 +46,7 @@ class Policy:
     """
 
     inline_bytes: int = Field(default=1 << 20, ge=0, le=8 << 20)
-    part_bytes: int = Field(default=64 << 20, ge=1 << 16)
+    part_bytes: int = Field(default=1 << 30, ge=1 << 16)
     max_file_bytes: int = Field(default=64 << 30, ge=1)
     link_seconds: int = Field(default=6 * 3600, ge=1)
 

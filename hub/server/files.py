@@ -4,11 +4,15 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from .errors import HubError
+
+_BUFFER = 1 << 20  # bytes
 
 
 class Files:
@@ -67,7 +71,7 @@ class Incoming:
     def __init__(self, files: Files, folder: Path) -> None:
         self._files = files
         handle, name = tempfile.mkstemp(dir=folder)
-        self._file, self._path = os.fdopen(handle, "wb"), Path(name)
+        self._file, self._path = os.fdopen(handle, "wb", _BUFFER), Path(name)
         self._hash = hashlib.sha256()
         self.size = 0
 
@@ -79,6 +83,10 @@ class Incoming:
         self._hash.update(data)
         self._file.write(data)
         self.size += len(data)
+
+    def write_all(self, pieces: list[bytes]) -> None:
+        for piece in pieces:
+            self.write(piece)
 
     def reopen(self) -> BinaryIO:
         """What was written so far, for reading."""
@@ -127,13 +135,12 @@ class Partial:
     def __init__(self, files: Files, path: Path) -> None:
         self._files, self._path = files, path
 
-    def write(self, at: int, data: bytes) -> None:
+    @contextmanager
+    def writer_at(self, start: int) -> Iterator["PartWriter"]:
+        """Something to write one part with, from the byte `start` on."""
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            view = memoryview(data)
-            while view:
-                written = os.pwrite(handle, view, at)
-                view, at = view[written:], at + written
+            yield PartWriter(handle, start)
         finally:
             os.close(handle)
 
@@ -149,6 +156,20 @@ class Partial:
             self._path.unlink()
             raise wrong_content(sha256, size, found, length)
         self._files.keep(self._path, sha256)
+
+
+class PartWriter:
+    """Writes one part, and counts its bytes in `size`."""
+
+    def __init__(self, handle: int, start: int) -> None:
+        self._handle, self._start, self.size = handle, start, 0
+
+    def write_all(self, pieces: list[bytes]) -> None:
+        for piece in pieces:
+            view = memoryview(piece)
+            while view:
+                written = os.pwrite(self._handle, view, self._start + self.size)
+                view, self.size = view[written:], self.size + written
 
 
 def wrong_content(sha256: str | None, size: int | None, found: str, length: int) -> HubError:

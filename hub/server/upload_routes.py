@@ -1,25 +1,25 @@
 """Files into repos: what to send how, commits, and large files by LFS."""
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import re
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .errors import HubError
-from .files import Incoming
 from .history import Add, Delete, Entry
 from .names import check_path
 from .repos import Repo
 from .routing import Call, parse_json, read_lines, route, stream_route
 
-_PIECE = 1 << 20  # bytes that are hashed and written in one go
+_WRITTEN_AT_ONCE = 2 << 20  # bytes that a thread hashes and writes in one go
 _KEPT_AT_ONCE = 4 << 20  # bytes of small files that are written to the database in one go
 _MAX_CHANGES = 50_000
 
@@ -178,12 +178,10 @@ async def lfs_part(call: Call) -> Response:
     start = (part - 1) * part_bytes
     wanted = min(part_bytes, size - start)
     partial = call.hub.storage.files.open_partial(call.arguments["upload"])
-    done = 0
-    async for piece in _pieces(call.request, wanted):
-        await run_in_threadpool(partial.write, start + done, piece)
-        done += len(piece)
-    if done != wanted:
-        raise HubError(400, f"Part {part} has {done} bytes, not {wanted}.")
+    with partial.writer_at(start) as writer:
+        await receive(call.request, writer, wanted)
+    if writer.size != wanted:
+        raise HubError(400, f"Part {part} has {writer.size} bytes, not {wanted}.")
     return Response(headers={"ETag": f'"{part}"'})
 
 
@@ -209,17 +207,30 @@ def _check_link(call: Call) -> str:
     return call.hub.links.check(path, call.request.query_params)
 
 
-async def receive(request: Request, incoming: Incoming, limit: int) -> None:
-    """Write a body to a file, a piece at a time and beside the event loop.
+class Sink(Protocol):
+    def write_all(self, pieces: list[bytes]) -> None: ...
+
+
+async def receive(request: Request, sink: Sink, limit: int) -> None:
+    """Write a body to a file beside the event loop: one piece is written while the next comes in.
 
     Raises:
         HubError: 413, there is more than `limit` bytes.
     """
-    async for piece in _pieces(request, limit):
-        await run_in_threadpool(incoming.write, piece)
+    writing: asyncio.Task[None] | None = None
+    try:
+        async for pieces in _pieces(request, limit):
+            if writing is not None:
+                await writing
+            writing = asyncio.create_task(run_in_threadpool(sink.write_all, pieces))
+        if writing is not None:
+            await writing
+    finally:  # whoever closes the file must not do so under a thread that writes
+        if writing is not None:
+            await asyncio.wait([writing])
 
 
-async def _pieces(request: Request, limit: int) -> AsyncIterator[bytes]:
+async def _pieces(request: Request, limit: int) -> AsyncIterator[list[bytes]]:
     waiting: list[bytes] = []
     pending = total = 0
     async for part in request.stream():
@@ -227,11 +238,10 @@ async def _pieces(request: Request, limit: int) -> AsyncIterator[bytes]:
         pending, total = pending + len(part), total + len(part)
         if total > limit:
             raise HubError(413, f"The body is larger than the {limit} bytes that were announced or are allowed.")
-        if pending >= _PIECE:
-            yield b"".join(waiting)
+        if pending >= _WRITTEN_AT_ONCE:
+            yield waiting
             waiting, pending = [], 0
-    if waiting:
-        yield b"".join(waiting)
+    yield waiting
 
 
 def _text(value: Any, name: str) -> str:

@@ -8,6 +8,7 @@ downloads are plain HTTP, since no answer of ours mentions a Xet hash.
 import os
 import shutil
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,8 +64,7 @@ class XetUploads:
             HubError: 400, it is no xorb.
         """
         with received.reopen() as file:
-            for _ in _chunks(file):
-                pass
+            _check_chunks(file, received.size)
         target = self._root / session / name
         is_new = not target.exists()
         target.parent.mkdir(exist_ok=True)
@@ -137,6 +137,16 @@ def _chunks(file: BinaryIO, first: int = 0, last: int | None = None) -> Iterator
                 raise HubError(400, f"Malformed xorb: chunk {index} is cut short.")
             yield head[4], raw, data
         index += 1
+
+
+def _check_chunks(file: BinaryIO, size: int) -> None:
+    """Raises:
+    HubError: 400, the last chunk ends after the file does.
+    """
+    for _ in _chunks(file, first=sys.maxsize):
+        pass
+    if file.tell() > size:
+        raise HubError(400, "Malformed xorb: its last chunk is cut short.")
 
 
 def _unpack(scheme: int, size: int, data: bytes) -> bytes:
