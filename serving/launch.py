@@ -100,7 +100,7 @@ def open_service(config: ServeConfig, environment: Mapping[str, str], *, threads
 def _chooser(config: ServeConfig, scorer: Scorer, store: AdapterStore, engine: Engine) -> Chooser | None:
     if not config.choice:
         return None
-    return Chooser(scorer, lambda: store.examples().keys(), engine.embed, threshold=config.threshold)
+    return Chooser(scorer, store.names, engine.embed, threshold=config.threshold)
 
 
 def _opened_base(config: ServeConfig) -> Opened:
