@@ -70,7 +70,7 @@ def pull(arguments: argparse.Namespace) -> None:
         force_base=arguments.force_base,
         trusted=trusted,
     )
-    signed = f", signed by {pulled.signed_by}" if pulled.signed_by else ""
+    signed = f", signed by {pulled.signature.key_id}" if pulled.signature else ""
     say(f"{pulled.repository} at commit {pulled.commit}: {len(pulled.files)} files, every hash right{signed}")
     if pulled.left:
         say(f"not fetched (no weights, figures or text): {', '.join(pulled.left)}")

@@ -16,7 +16,7 @@ from ..support.files import atomic_folder, write_json
 from .card import CARD
 from .checks import AdapterConfig, check_adapter, names_of, read_adapter_config, skeleton
 from .remote import LARGEST_TEXT, Commit, Remote, check_name, sha256_of
-from .signing import ATTESTATION, verify
+from .signing import ATTESTATION, Attestation, verify
 
 RECORD = "pulled.json"
 _FETCHED = (".safetensors", ".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".png")
@@ -33,7 +33,7 @@ class Pulled:
         adapters: its PEFT folders below that.
         files: SHA-256 by path.
         left: paths that were not fetched.
-        signed_by: the trusted key that signed it, where one was asked for.
+        signature: whose it is and from which run the files come, where a signature was asked for.
     """
 
     repository: str
@@ -42,7 +42,7 @@ class Pulled:
     adapters: list[str]
     files: dict[str, str]
     left: list[str] = field(default_factory=list)
-    signed_by: str | None = None
+    signature: Attestation | None = None
 
 
 def pull(
@@ -76,12 +76,10 @@ def pull(
     adapters = _adapter_folders(commit.files, repository)
     cached = _fetch(repository, commit, wanted, remote)
     hashes = {path: sha256_of(cached / path) for path in wanted}
-    signed_by = None
-    if trusted is not None:
-        signed_by = _check_signature(repository, cached, hashes, trusted)
+    signature = _check_signature(repository, cached, hashes, trusted) if trusted is not None else None
     _check_adapters([cached / folder for folder in adapters], base, force_base)
     left = sorted(set(commit.files) - set(wanted))
-    pulled = Pulled(repository, commit.sha, cached, adapters, hashes, left, signed_by)
+    pulled = Pulled(repository, commit.sha, cached, adapters, hashes, left, signature)
     return pulled if to is None else _copy(pulled, to, revision, remote.endpoint)
 
 
@@ -135,7 +133,7 @@ def _is_right(path: Path, commit: Commit, name: str) -> bool:
 
 def _check_signature(
     repository: str, folder: Path, hashes: Mapping[str, str], trusted: Mapping[str, Ed25519PublicKey]
-) -> str:
+) -> Attestation:
     text = (folder / ATTESTATION).read_text(encoding="utf-8") if ATTESTATION in hashes else None
     attestation = verify(text, trusted, repository)
     if attestation.repository != repository:
@@ -148,7 +146,7 @@ def _check_signature(
         if signed[path] != found.get(path):
             change = "differs from" if path in found else "is missing from"
             raise TrustError(f"{repository}: {path} {change} what {attestation.key_id} signed")
-    return attestation.key_id
+    return attestation
 
 
 def _check_adapters(folders: list[Path], base: str | None, force_base: bool) -> None:
@@ -216,6 +214,7 @@ def _copy(pulled: Pulled, to: Path, revision: str, endpoint: str) -> Pulled:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(pulled.folder / path, staging / path)
         noted = {"repository": pulled.repository, "endpoint": endpoint, "revision": revision or "main"}
-        more = {"commit": pulled.commit, "signed_by": pulled.signed_by, "files": pulled.files}
-        write_json(staging / RECORD, {**noted, **more})
+        signature = pulled.signature
+        signed = {"signed_by": signature.key_id, "origin": dict(signature.origin)} if signature else {}
+        write_json(staging / RECORD, {**noted, "commit": pulled.commit, **signed, "files": pulled.files})
     return Pulled(**{**pulled.__dict__, "folder": to})

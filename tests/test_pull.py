@@ -271,8 +271,10 @@ def test_what_a_trusted_key_signed_is_taken_and_nothing_else(
     assert main(["publish", str(adapter), "mia/signed", "--sign", str(keys["mine"]), *end]) == 0
     assert "nothing new" in capsys.readouterr().out
     trust = ["pull", "mia/signed", *end, "--trust"]
-    assert main([*trust, str(keys["mine.pub"])]) == 0
+    assert main([*trust, str(keys["mine.pub"]), "--to", "here"]) == 0
     assert "signed by SHA256:" in capsys.readouterr().out
+    noted = json.loads(Path("here/pulled.json").read_text())
+    assert (noted["signed_by"][:7], noted["origin"]["base"]) == ("SHA256:", "somebody/tiny-base")
     assert main([*trust, str(keys["theirs.pub"])]) == 2
     assert "which is none of the keys you trust" in capsys.readouterr().err
     assert main(["pull", published, *end, "--trust", str(keys["mine.pub"])]) == 2
