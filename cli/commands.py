@@ -149,7 +149,7 @@ def import_(arguments: argparse.Namespace) -> None:
         for expert in imported
     ]
     show_table(f"experts of a {recipe.method.name} mixture on {recipe.base.model}", head, rows)
-    say(f"{arguments.to} is a run folder: `python serve.py {arguments.to}` serves it, PEFT loads its mixture/")
+    say(f"{arguments.to} is a run folder: `loramux serve {arguments.to}` serves it, PEFT loads its mixture/")
     if not recipe.tasks:
         say("it has no tasks (--tasks FILE), so it cannot be evaluated, exported or trained on")
     if untrained:

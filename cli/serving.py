@@ -35,7 +35,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="who answers (default: auto, or the base)")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help=f"an API key (or {KEY_VARIABLE})")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (default: 128)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: as the server says)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest answer")
     parser.set_defaults(run=_chat)
 

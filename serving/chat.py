@@ -28,7 +28,7 @@ class Conversation:
         url: of the server, such as `http://127.0.0.1:8000`.
         model: who answers; None for `auto` where the server has it, else the base.
         key: an API key, where the server wants one.
-        max_tokens: of an answer.
+        max_tokens: of an answer; None leaves it to the server.
 
     Raises:
         ConfigError: there is no such server, or it has no such model.
@@ -41,12 +41,14 @@ class Conversation:
         *,
         model: str | None = None,
         key: str | None = None,
-        max_tokens: int = 128,
+        max_tokens: int | None = None,
         temperature: float = 0,
     ) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=_TIMEOUT)
-        self._options = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        self._options: dict[str, Any] = {"temperature": temperature, "stream": True}
+        if max_tokens is not None:
+            self._options["max_tokens"] = max_tokens
         self._messages: list[dict[str, str]] = []
         self._models = self._listed()
         self._has_template = any(one.get("has_chat_template") for one in self._models)

@@ -3,6 +3,7 @@ harm to anybody else."""
 
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -315,3 +316,12 @@ def test_metrics_count_by_adapter_and_know_few_of_them(loras):
     assert 'loramux_http_requests_total{route="/v1/completions",status="404"} 1.0' in text
     for name in ("slots", "answers_running", "adapters_in_memory", "queue_seconds", "first_token_seconds"):
         assert f"\nloramux_{name}" in text
+
+
+def test_every_code_is_in_the_docs(repository):
+    source = "".join(path.read_text(encoding="utf-8") for path in (repository / "serving").rglob("*.py"))
+    codes = set(re.findall(r'(?:ServingError|Failed|error_response)\(\s*"([a-z_]+)"', source))
+    codes |= set(re.findall(r'return "([a-z_]+)", f?"', source))
+    assert {"queue_full", "adapter_invalid", "unknown_parameter", "internal_error"} <= codes
+    docs = (repository / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert not [code for code in sorted(codes) if f"`{code}`" not in docs]

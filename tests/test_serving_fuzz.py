@@ -54,4 +54,4 @@ def test_a_few_requests_to_every_route(live):
 
 @pytest.mark.slow
 def test_many_requests_to_every_route(live):
-    fuzz(live, 200)
+    fuzz(live, 100)

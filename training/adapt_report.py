@@ -169,7 +169,7 @@ def show_adaptation(folder: Path, adaptation: Adaptation) -> None:
     for note in adaptation.notes():
         say(note)
     exported = [outcome.way.name for outcome in adaptation.outcomes if outcome.export is not None]
-    say(f"{folder}: {MARKDOWN}, {DATA}, and a run folder for each way; `loramux evaluate` and `serve.py` take them")
+    say(f"{folder}: {MARKDOWN}, {DATA}, and a run folder for each way; `loramux evaluate` and `serve` take them")
     if exported:
         say(f"{EXPORTS}/{adaptation.facts['task']} in {', '.join(exported)}: the task as a plain LoRA")
 
