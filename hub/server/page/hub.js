@@ -1,0 +1,314 @@
+// The catalogue: one page over the hub's own API. Everything a repo says is put in as text; only its card is HTML, which
+// the hub has sanitised.
+
+const root = new URL("..", import.meta.url);
+const at = (path) => new URL(path.replace(/^\//, ""), root);
+const byId = (id) => document.getElementById(id);
+const PAGE = 50;
+const filters = { base: "base_model:adapter:", task: "task:", method: "loramux:" };
+let marked = null;
+let nextPage = null;
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+async function ask(address) {
+  const token = sessionStorage.getItem("token");
+  const answer = await fetch(address, token ? { headers: { Authorization: `Bearer ${token}` } } : {});
+  if (!answer.ok) throw new Error(answer.headers.get("X-Error-Message") || `the hub answered ${answer.status}`);
+  return answer;
+}
+
+// The list
+
+function query() {
+  const search = new URLSearchParams({ limit: PAGE, sort: byId("sort").value });
+  if (byId("words").value.trim()) search.set("words", byId("words").value.trim());
+  for (const [name, prefix] of Object.entries(filters)) {
+    if (byId(name).value) search.append("filter", prefix + byId(name).value);
+  }
+  return search;
+}
+
+let asked = 0;
+async function list(address = at(`api/models?${query()}`), append = false) {
+  const number = ++asked;
+  try {
+    const answer = await ask(address);
+    const repos = await answer.json();
+    if (number !== asked) return; // a later search is on its way
+    nextPage = answer.headers.get("Link")?.match(/<([^>]+)>; rel="next"/)?.[1] ?? null;
+    byId("results").replaceChildren(...(append ? byId("results").children : []), ...repos.map(row));
+    byId("more").hidden = !nextPage;
+    const shown = byId("results").children.length;
+    byId("count").textContent = shown ? `${shown}${nextPage ? " and more" : ""} shown` : "Nothing matches.";
+    showCurrent();
+  } catch (error) {
+    byId("count").textContent = error.message;
+  }
+}
+
+function row(repo) {
+  const facts = [...namesOf(repo.tags, "loramux:"), ...namesOf(repo.tags, "task:").slice(0, 6)].join(" · ");
+  const downloads = repo.downloads ? ` · ${repo.downloads} downloads` : "";
+  const link = make("a", { href: at(repo.id), "data-page": "", "data-repo": repo.id }, make("b", {}, repo.id));
+  link.append(make("small", {}, `${repo.private ? "private · " : ""}${repo.lastModified.slice(0, 10)}${downloads}`));
+  link.append(make("small", {}, facts || (repo.library_name ?? "")));
+  if (repo.id === marked) link.dataset.marked = "";
+  return make("li", {}, link);
+}
+
+const namesOf = (tags, prefix) => tags.filter((tag) => tag.startsWith(prefix)).map((tag) => tag.slice(prefix.length));
+
+async function fillFilters() {
+  const facets = await (await ask(at("_page/facets"))).json();
+  for (const name of Object.keys(filters)) {
+    const options = Object.entries(facets[name]).map(([value, count]) => make("option", { value }, `${value} (${count})`));
+    byId(name).replaceChildren(make("option", { value: "" }, `any ${name}`), ...options);
+  }
+}
+
+// One adapter
+
+async function show(repo, type) {
+  const told = await (await ask(at(`_page/${type}/${repo}`))).json();
+  const adapters = told.files.filter((file) => file.path.endsWith("adapter_config.json"));
+  const parts = [
+    make("h1", {}, repo),
+    make("p", { class: "tags" }, ...told.tags.slice(0, 40).map((tag) => make("span", {}, tag))),
+    use(repo, type, told.base, adapters.map((file) => file.path.replace(/\/?adapter_config\.json$/, ""))),
+  ];
+  if (told.results.length) parts.push(make("h2", {}, "Results"), chart([{ name: repo, results: told.results }]));
+  const card = make("div", { class: "card" });
+  card.innerHTML = told.card;
+  showPrivateImages(card);
+  parts.push(card, make("h2", {}, "Files"), files(type === "models" ? repo : `${type}/${repo}`, told.files));
+  byId("detail").replaceChildren(...parts);
+  document.title = repo;
+}
+
+function use(repo, type, base, folders) {
+  const folder = folders.find((name) => name) ?? "";
+  const inside = folders.length && !folders.includes("") ? `, subfolder="${folder}"` : "";
+  const lines = folders.length
+    ? [
+        `# export HF_ENDPOINT=${root.href.replace(/\/$/, "")}`,
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        `base = AutoModelForCausalLM.from_pretrained("${base ?? "BASE"}")`,
+        `model = PeftModel.from_pretrained(base, "${repo}"${inside})`,
+      ]
+    : [`HF_ENDPOINT=${root.href.replace(/\/$/, "")} hf download ${type === "models" ? "" : `--repo-type ${type.slice(0, -1)} `}${repo}`];
+  const button = make("button", { type: "button", id: "copy" }, "Copy");
+  button.addEventListener("click", () => copy(lines.join("\n"), button));
+  return make("div", { class: "use" }, make("pre", {}, lines.join("\n")), button);
+}
+
+async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(button.previousElementSibling); // not allowed: leave it selected
+    button.textContent = "Selected";
+  }
+}
+
+async function showPrivateImages(card) {
+  if (!sessionStorage.getItem("token")) return;
+  for (const image of card.querySelectorAll("img")) {
+    const answer = await ask(image.src).catch(() => null);
+    if (answer) image.src = URL.createObjectURL(await answer.blob());
+  }
+}
+
+function files(place, listed) {
+  const rows = listed.map((file) => {
+    const link = make("a", { href: at(`${place}/resolve/main/${file.path.split("/").map(encodeURIComponent).join("/")}`) });
+    link.append(file.path);
+    return make("tr", {}, make("td", {}, link), make("td", {}, size(file.size)));
+  });
+  return make("table", {}, ...rows);
+}
+
+function size(bytes) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const power = bytes ? Math.min(Math.floor(Math.log2(bytes) / 10), 4) : 0;
+  return `${(bytes / 1024 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
+}
+
+// Results as bars: one group for each task, one bar for each metric (of each adapter)
+
+function chart(adapters) {
+  const series = adapters.flatMap(({ name, results }) =>
+    [...new Set(results.map((result) => result.metric))].map((metric) => ({ name, metric, results })),
+  );
+  const tasks = [...new Set(adapters.flatMap(({ results }) => results.map((result) => result.task)))];
+  const values = adapters.flatMap(({ results }) => results.map((result) => result.value));
+  const most = Math.max(1, ...values);
+  const [left, width, bar, gap] = [150, 720, 14, 12];
+  const group = series.length * bar + gap;
+  const legend = 18 * series.length + 10;
+  const svg = draw("svg", { viewBox: `0 0 ${width} ${legend + tasks.length * group + 5}`, role: "img", "aria-label": "Results" });
+  series.forEach((one, index) => {
+    svg.append(draw("rect", { x: left, y: 18 * index + 3, width: 12, height: 12, class: `bar-${index % 4}` }));
+    const text = adapters.length > 1 ? `${one.name}: ${one.metric}` : one.metric;
+    svg.append(draw("text", { x: left + 18, y: 18 * index + 13 }, text));
+  });
+  tasks.forEach((task, place) => {
+    const top = legend + place * group;
+    svg.append(draw("text", { x: left - 8, y: top + (group - gap) / 2 + 4, "text-anchor": "end" }, task.slice(0, 22)));
+    series.forEach((one, index) => {
+      const result = one.results.find((found) => found.task === task && found.metric === one.metric);
+      if (!result) return;
+      const length = (Math.max(0, result.value) / most) * (width - left - 60);
+      const y = top + index * bar;
+      svg.append(draw("rect", { x: left, y, width: Math.max(length, 1), height: bar - 2, class: `bar-${index % 4}` }));
+      svg.append(draw("text", { x: left + length + 5, y: y + bar - 4 }, Number(result.value.toPrecision(4)).toString()));
+    });
+  });
+  svg.append(draw("line", { x1: left, x2: left, y1: legend - 4, y2: legend + tasks.length * group, class: "axis" }));
+  return svg;
+}
+
+function draw(tag, attributes, text) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (text !== undefined) element.append(text);
+  return element;
+}
+
+// Two adapters
+
+async function compare(one, two) {
+  const told = await Promise.all([one, two].map(async (repo) => (await ask(at(`_page/models/${repo}`))).json()));
+  const facts = {
+    base: (repo) => repo.base ?? "",
+    method: (repo) => namesOf(repo.tags, "loramux:").join(", "),
+    rank: (repo) => String(repo.rank ?? ""),
+    tasks: (repo) => namesOf(repo.tags, "task:").join(", "),
+    licence: (repo) => namesOf(repo.tags, "license:").join(", "),
+    size: (repo) => size(repo.files.reduce((sum, file) => sum + file.size, 0)),
+    changed: (repo) => repo.lastModified.slice(0, 10),
+    downloads: (repo) => String(repo.downloads),
+  };
+  const head = make("tr", {}, make("th"), ...[one, two].map((repo) => make("th", {}, link(repo))));
+  const rows = Object.entries(facts).map(([name, fact]) =>
+    make("tr", {}, make("th", {}, name), ...told.map((repo) => make("td", {}, fact(repo)))),
+  );
+  const parts = [make("h1", {}, "Compared"), make("table", {}, head, ...rows)];
+  const measured = told.map((repo, index) => ({ name: [one, two][index], results: repo.results }));
+  if (told.some((repo) => repo.results.length)) parts.push(make("h2", {}, "Results"), chart(measured));
+  byId("detail").replaceChildren(...parts);
+  document.title = `${one} and ${two}`;
+}
+
+const link = (repo) => make("a", { href: at(repo), "data-page": "" }, repo);
+
+function mark(repo) {
+  if (marked && marked !== repo) {
+    const [one, two] = [marked, repo];
+    marked = null;
+    go(at(`_compare?${new URLSearchParams({ one, two })}`));
+  } else {
+    marked = marked ? null : repo;
+  }
+  for (const row of byId("results").querySelectorAll("a")) row.toggleAttribute("data-marked", row.dataset.repo === marked);
+}
+
+// Where we are
+
+const path = () => location.pathname.slice(root.pathname.length);
+
+async function route() {
+  const here = new URLSearchParams(location.search);
+  const parts = path().split("/").map(decodeURIComponent);
+  const type = ["datasets", "spaces"].includes(parts[0]) ? parts.shift() : "models";
+  try {
+    if (path() === "_compare") await compare(here.get("one"), here.get("two"));
+    else if (path()) await show(parts.slice(0, 2).join("/"), type);
+    else welcome();
+  } catch (error) {
+    byId("detail").replaceChildren(make("p", { class: "trouble" }, error.message));
+  }
+  showCurrent();
+}
+
+function welcome() {
+  document.title = "Adapters";
+  const endpoint = `export HF_ENDPOINT=${root.href.replace(/\/$/, "")}`;
+  byId("detail").replaceChildren(
+    make("h1", {}, "Adapters on this hub"),
+    make("p", {}, "Choose one, or mark two with c to compare them. Every Hugging Face client works with this hub:"),
+    make("pre", {}, `${endpoint}\nhf download OWNER/NAME\nloramux publish RUN OWNER/NAME`),
+  );
+}
+
+function showCurrent() {
+  for (const row of byId("results").querySelectorAll("a")) {
+    if (row.dataset.repo === decodeURIComponent(path())) row.setAttribute("aria-current", "page");
+    else row.removeAttribute("aria-current");
+  }
+}
+
+function go(address) {
+  history.pushState(null, "", address);
+  route();
+}
+
+// Hands
+
+function step(by) {
+  const rows = [...byId("results").querySelectorAll("a")];
+  const index = rows.indexOf(document.activeElement);
+  rows[Math.max(0, Math.min(rows.length - 1, index + by))]?.focus();
+}
+
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.matches("input, select, textarea");
+  if (event.ctrlKey || event.metaKey || event.altKey || byId("token-dialog").open) return;
+  if (event.key === "/" && !typing) byId("words").focus();
+  else if (event.key === "ArrowDown" && !event.target.matches("select")) step(1);
+  else if (event.key === "ArrowUp" && !event.target.matches("select")) step(-1);
+  else if (event.key === "Enter" && event.target === byId("words")) byId("results").querySelector("a")?.click();
+  else if (event.key === "Escape") typing ? event.target.blur() : go(root);
+  else if (event.key === "c" && event.target.dataset.repo) mark(event.target.dataset.repo);
+  else return;
+  event.preventDefault();
+});
+
+document.addEventListener("click", (event) => {
+  const page = event.target.closest?.("a[data-page]");
+  if (!page || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  go(page.href);
+});
+
+let typed;
+byId("words").addEventListener("input", () => {
+  clearTimeout(typed);
+  typed = setTimeout(list, 120);
+});
+for (const id of [...Object.keys(filters), "sort"]) byId(id).addEventListener("change", () => list());
+byId("more").addEventListener("click", () => nextPage && list(nextPage, true));
+byId("login").addEventListener("click", () => byId("token-dialog").showModal());
+byId("token-dialog").addEventListener("close", () => {
+  if (byId("token-dialog").returnValue === "use") sessionStorage.setItem("token", byId("token").value);
+  else if (byId("token-dialog").returnValue === "forget") sessionStorage.removeItem("token");
+  byId("token").value = "";
+  start();
+});
+addEventListener("popstate", route);
+
+function start() {
+  fillFilters().catch(() => {});
+  list();
+  route();
+}
+
+start();
