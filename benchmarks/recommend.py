@@ -20,14 +20,13 @@ from pathlib import Path
 warnings.filterwarnings("ignore")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from scipy.stats import kendalltau
 from torch import Tensor
 
 from loramux.hub.recommend import Candidate, Signs, ordered, read_signs, values
 from loramux.hub.source import read_source
-from loramux.hub.trial import answer_losses, fine_tune
+from loramux.hub.trial import answer_losses, fine_tune, fresh_lora
 from loramux.tasks import EncodedTask
 from loramux.training.assess import encode_tasks
 from loramux.training.run import load_run, open_base
@@ -77,13 +76,9 @@ def study(place: Path, shots: int, steps: int, seeds: Sequence[int], limit: int)
             tried = read_signs(task, others, base, tokenizer, shots=shots, trial_steps=TRIAL_STEPS)
             tuned = {}
             for other in others:
-                torch.manual_seed(seed)
                 model = PeftModel.from_pretrained(base, str(other.folder), is_trainable=True)
                 tuned[other.name] = tuned_loss(model, task)
-            torch.manual_seed(seed)
-            config = LoraConfig.from_pretrained(str(others[0].folder))
-            config.inference_mode = False
-            scratch = tuned_loss(get_peft_model(base, config), task)
+            scratch = tuned_loss(fresh_lora(base, others[0].folder, seed), task)
             best = ordered(others, tried)[0]
             case = {"task": name, "seed": seed, "tuned": tuned, "scratch": scratch, "sure": best.first}
             case["rules"] = {

@@ -172,17 +172,18 @@ def recommend(arguments: argparse.Namespace) -> None:
         for each in found
     ]
     used = min(arguments.shots, len(encoded.splits["train"]))
-    head = ["adapter", "loss", "better than the base by", "prompts alike", "measured, %", "first in"]
+    against = "a fresh LoRA" if arguments.trial_steps else "the base"
+    head = ["adapter", "loss", f"better than {against} by", "prompts alike", "measured, %", "first in"]
     show_table(f"for {tasks[0].name}, from {used} of its examples (loss: nats per answer token)", head, rows)
-    say(_verdict(found))
+    say(_verdict(found, against))
     if not arguments.trial_steps:
         say("adapters were judged as they are; a short trial of each tells more (--trial-steps 8)")
 
 
-def _verdict(found: list[Recommended]) -> str:
+def _verdict(found: list[Recommended], against: str) -> str:
     best = found[0]
     if best.helps < _SURE:
-        return f"{best.candidate.name} is first, but it may predict no better than the base ({best.helps:.0%} sure)"
+        return f"{best.candidate.name} is first, but better than {against} in {best.helps:.0%} of resamples only"
     sure = "sure" if best.first >= _SURE else "not sure: more examples (--shots) would tell more"
     return f"{best.candidate.name} promises most; first in {best.first:.0%} of resamples of the examples ({sure})"
 

@@ -53,7 +53,7 @@ class Signs:
 
     Attributes:
         losses: (C, N), nats per answer token, of each candidate as it is or after its trial on other examples.
-        base_losses: (N,), of the base without an adapter.
+        base_losses: (N,), of the base without an adapter; where candidates had a trial, of a fresh LoRA after the same.
         similarity: (C, N), cosine of each prompt with the mean prompt of the candidate; NaN where it shows none.
         measured: (C,), its score on the task's own data set; NaN where that was not measured.
     """
@@ -70,9 +70,9 @@ class Recommended:
 
     Attributes:
         value: what candidates are ordered by; only differences mean something.
-        loss: of the task's examples, nats per answer token, and `gain` how much lower that is than the base's.
+        loss: of the task's examples, nats per answer token, and `gain` how much lower that is than `Signs.base_losses`.
         first: the share of resamples of the examples in which it comes first.
-        helps: the share of resamples in which it predicts better than the base.
+        helps: the share of resamples in which it predicts better than the base, or than the fresh LoRA.
     """
 
     candidate: Candidate
@@ -131,12 +131,15 @@ def read_signs(
     with eval_mode(base):
         queries = _embedded(prompts, base, tokenizer)
         similarity = [_similarity(queries, candidate, base, tokenizer) for candidate in candidates]
-        base_losses = answer_losses(base, tokenizer, rows)
         for candidate in track(candidates, "adapters"):
             if trial_steps:
                 losses.append(trial_losses(base, candidate.folder, tokenizer, rows, trial_steps))
             else:
                 losses.append(losses_of(base, candidate.folder, tokenizer, rows))
+        if trial_steps:
+            base_losses = trial_losses(base, candidates[0].folder, tokenizer, rows, trial_steps, fresh=True)
+        else:
+            base_losses = answer_losses(base, tokenizer, rows)
     data = task.task.config.source.dataset or ""
     measured = [candidate.scores.get(data, float("nan")) for candidate in candidates]
     return Signs(torch.stack(losses), base_losses, torch.stack(similarity), torch.tensor(measured))
@@ -168,7 +171,9 @@ def ordered(candidates: Sequence[Candidate], signs: Signs, *, seed: int = 0) -> 
 
 
 def values(signs: Signs, shares: Tensor | None = None) -> Tensor:
-    """One number per candidate from all signs, `(C,)`; a sign that is not known counts as an average one.
+    """One number per candidate from all signs, `(C,)`.
+
+    Without prompts a candidate's similarity counts as an average one; a score that is not known counts nothing.
 
     Args:
         shares: `(R, N)`, what each example counts in each of R resamples; the result is `(R, C)` then.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,9 +30,18 @@ def losses_of(
 
 
 def trial_losses(
-    base: PreTrainedModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], steps: int
+    base: PreTrainedModel,
+    adapter: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    steps: int,
+    *,
+    fresh: bool = False,
 ) -> Tensor:
     """The same for each half of the examples after `steps` steps of training on the other half.
+
+    Args:
+        fresh: start from an untrained LoRA like the adapter instead.
 
     Raises:
         ConfigError: there is only one example.
@@ -42,13 +51,22 @@ def trial_losses(
     half = len(rows) // 2
     found = []
     for seen, unseen in ((rows[half:], rows[:half]), (rows[:half], rows[half:])):
-        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        model = fresh_lora(base, adapter) if fresh else PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
         try:
             fine_tune(model, seen, tokenizer.pad_token_id or 0, steps)
             found.append(answer_losses(model.eval(), tokenizer, unseen))
         finally:
             model.unload()
     return torch.cat(found)
+
+
+def fresh_lora(base: PreTrainedModel, like: Path, seed: int = 0) -> PeftModel:
+    """An untrained LoRA of the rank and on the modules of another one."""
+    config = LoraConfig.from_pretrained(str(like))
+    config.inference_mode = False
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(base, config)  # type: ignore[return-value]
 
 
 def fine_tune(model: nn.Module, rows: Sequence[Encoded], pad_id: int, steps: int, rate: float = RATE) -> None:

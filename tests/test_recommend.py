@@ -80,6 +80,9 @@ def test_a_trial_trains_on_one_half_and_judges_by_the_other(finished_job: Path) 
     assert all(torch.equal(before[name], parameter) for name, parameter in base.named_parameters())
     nothing = trial_losses(base, place, tokenizer, rows[:8], steps=0)
     assert torch.allclose(nothing, as_it_is, atol=1e-5)
+    scratch = [trial_losses(base, place, tokenizer, rows[:8], steps=30, fresh=True) for _ in range(2)]
+    assert torch.equal(*scratch)
+    assert not torch.equal(scratch[0], tried)
     with pytest.raises(ConfigError, match="a trial needs two examples or more"):
         trial_losses(base, place, tokenizer, rows[:1], steps=1)
 
@@ -118,7 +121,9 @@ def test_an_adapter_of_the_task_itself_comes_first_and_the_command_says_so(
     assert f"{names[0]} " in told.splitlines()[-2]
     assert "a short trial of each tells more (--trial-steps 8)" in told.splitlines()[-1]
     assert main(["recommend", "--task", str(data), "--from", "mia/three", "--trial-steps", "2", *end]) == 0
-    assert "a short trial" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "better than a fresh LoRA by" in told
+    assert "a short trial" not in told
     assert main(["recommend", "--task", str(data), "--base", BASE, *end]) == 0
     assert "mia/three/colour" in capsys.readouterr().out
 
