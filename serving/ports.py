@@ -32,6 +32,9 @@ class Lease(Protocol):
     @property
     def route(self) -> Route: ...
 
+    @property
+    def info(self) -> AdapterInfo: ...
+
     def release(self) -> None: ...
 
 

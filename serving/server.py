@@ -11,6 +11,7 @@ import uvicorn
 from ..support.console import say
 from ..support.errors import ConfigError
 from .api import build_app
+from .api.gate import ThisMachineOnly
 from .api.service import Service
 from .config import ServeConfig
 from .engine import Engine
@@ -69,9 +70,12 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, engine: Engine) -> None:
         self.service, self.engine = service, engine
         self._drained_by: float | None = None
+        app = build_app(service)
+        if service.keys.is_open and not service.config.anyone:
+            app.add_middleware(ThisMachineOnly, host=service.config.host)
         super().__init__(
             uvicorn.Config(
-                build_app(service),
+                app,
                 log_config=None,
                 access_log=False,
                 server_header=False,

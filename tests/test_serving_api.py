@@ -3,7 +3,9 @@ expect."""
 
 import base64
 import json
+import shutil
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +49,9 @@ def test_an_adapter_answers_as_stock_peft_does_and_the_base_as_itself(live, lora
         reply = live.complete(model=name)
         assert reply.json()["choices"][0]["text"] == stock_text(loras / name)
         assert (reply.headers["x-loramux-adapter"], reply.headers["x-loramux-weight"]) == (name, "1.0000")
-        assert (reply.json()["choices"][0]["adapter"], reply.json()["model"]) == (name, name)
+        choice = reply.json()["choices"][0]
+        assert (choice["adapter"], choice["adapter_weight"], reply.json()["model"]) == (name, 1, name)
+        assert choice["adapter_generation"] == live.call("GET", f"/v1/lora_adapters/{name}").json()["generation"]
     for name in (BUNDLED, "base"):
         reply = live.complete(model=name)
         assert reply.json()["choices"][0]["text"] == stock_text(None)
@@ -76,6 +80,22 @@ def test_an_unknown_model_is_refused_and_never_the_base(live, client):
     with pytest.raises(openai.NotFoundError, match=r"model 'grene' is not served; did you mean 'green'\?") as caught:
         client.completions.create(model="grene", prompt=PROMPT)
     assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_curl_reads_whole_answers_and_streams(live, loras):
+    body = {"model": "red", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+
+    def curl(**more) -> str:
+        words = ["curl", "-sS", "-N", f"{live.url}/v1/completions", "-H", "Content-Type: application/json"]
+        words += ["-d", json.dumps({**body, **more})]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert json.loads(curl())["choices"][0]["text"] == stock_text(loras / "red")
+    lines = curl(stream=True).split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-2]]
+    assert "".join(texts) == stock_text(loras / "red")
 
 
 # ---------------------------------------------------------------------- OpenAI's client

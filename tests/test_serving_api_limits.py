@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from serving_cases import PROMPT, Live, live_server, wait_for, write_loras
 
+from loramux.bases import BUNDLED
 from loramux.serving.api.gate import JsonLines
 from loramux.serving.config import ServeConfig, load_serve_config
 from loramux.serving.keys import Keys
+from loramux.serving.launch import open_service
 from loramux.support.config import parse
 from loramux.support.errors import ConfigError
 
@@ -136,7 +138,8 @@ def raw(live: Live, *parts: bytes, pause_s: float = 0.0) -> bytes:
 
 
 def test_half_a_body_is_not_waited_for(live):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 500\r\n\r\n"
     began = time.monotonic()
     reply = raw(live, head, b'{"model"')
     assert b" 408 " in reply
@@ -149,8 +152,15 @@ def test_half_a_body_is_not_waited_for(live):
 
 def test_bytes_that_are_no_http_are_refused(live):
     assert b" 400 " in raw(live, b"\x00\x01\x02 nonsense\r\n\r\n")
-    assert b" 400 " in raw(live, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: many\r\n\r\n")
+    assert b" 400 " in raw(live, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: many\r\n\r\n")
     assert live.call("GET", "/health").status_code == 200
+
+
+def test_a_web_page_cannot_lead_a_browser_here_under_its_own_name(live):
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", ""):
+        assert b"host_forbidden" in raw(live, f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert b" 200 " in raw(live, b"GET /v1/models HTTP/1.1\r\nHost: localhost:8000\r\n\r\n")
+    assert live.call("OPTIONS", "/v1/lora_adapters", headers={"Origin": "http://evil.example"}).status_code == 405
 
 
 # ---------------------------------------------------------------------- keys
@@ -268,7 +278,7 @@ def test_an_answer_that_is_late_is_refused_whole_and_streamed():
 
 
 def test_a_client_that_leaves_frees_its_place(live):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     for stream in (False, True):
         body = json.dumps(
             {"model": "red", "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "stream": stream}
@@ -325,3 +335,12 @@ def test_every_code_is_in_the_docs(repository):
     assert {"queue_full", "adapter_invalid", "unknown_parameter", "internal_error"} <= codes
     docs = (repository / "docs" / "serving.md").read_text(encoding="utf-8")
     assert not [code for code in sorted(codes) if f"`{code}`" not in docs]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"base": BUNDLED}, "the runs bring theirs"), ({"quantize": "8bit"}, "a run belong to its whole base")],
+)
+def test_what_contradicts_a_run_is_refused(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        open_service(parse(ServeConfig, {"runs": [str(tmp_path)], **settings}, where="settings"), {})

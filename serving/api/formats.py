@@ -161,4 +161,8 @@ def answer_headers(selections: Sequence[Selection]) -> dict[str, str]:
 
 def _answered_by(selection: Selection) -> Json:
     told: Json = {"adapter": selection.name, "adapter_weight": selection.weight}
-    return {**told, "adapter_weights": dict(selection.weights)} if selection.weights else told
+    if selection.generation is not None:
+        told["adapter_generation"] = selection.generation
+    if selection.weights:
+        told["adapter_weights"] = dict(selection.weights)
+    return told

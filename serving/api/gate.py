@@ -21,6 +21,7 @@ PUBLIC = ("/", "/health", "/ready", "/openapi.json")
 PAGE = "/page/"
 ADMIN = ("/v1/lora_adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_PORT = re.compile(r":\d+$")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -92,6 +93,23 @@ class Gate:
         if "error_code" in state:
             extra["code"] = state["error_code"]
         log.info("request", extra=extra)
+
+
+class ThisMachineOnly:
+    """Refuses requests for other hosts' names: else a web page could have its own name point here, and be let in."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app = app
+        self._names = ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = Headers(scope=scope).get("host", "")
+            if _PORT.sub("", given) not in self._names:
+                message = "this server has no keys and answers this machine alone, by its own name; set keys, or anyone"
+                await error_response("host_forbidden", message, 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class _Visit:
