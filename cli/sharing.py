@@ -184,8 +184,10 @@ def _verdict(found: list[Recommended], against: str) -> str:
     best = found[0]
     if best.helps < _SURE:
         return f"{best.candidate.name} is first, but better than {against} in {best.helps:.0%} of resamples only"
-    sure = "sure" if best.first >= _SURE else "not sure: more examples (--shots) would tell more"
-    return f"{best.candidate.name} promises most; first in {best.first:.0%} of resamples of the examples ({sure})"
+    more = "" if best.first >= _SURE else "; more examples would tell more (--shots)"
+    return (
+        f"{best.candidate.name} promises most, and stays first in {best.first:.0%} of resamples of the examples{more}"
+    )
 
 
 def _percent(value: float | None) -> str:
