@@ -86,6 +86,7 @@ class ServeConfig:
             the adapters' example prompts.
         threshold: `auto` answers with the base where no adapter reaches this weight.
         dtype: of the base and the adapters; as the run says, or float32.
+        quantize: hold the base's weights in fewer bits, by bitsandbytes; not with `runs`.
         device: "auto" takes a GPU where there is one.
     """
 
@@ -104,6 +105,7 @@ class ServeConfig:
     choice: bool = True
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantize: Literal["8bit", "4bit"] | None = None
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
     memory: Memory = field(default_factory=Memory)

@@ -106,13 +106,15 @@ def _chooser(config: ServeConfig, scorer: Scorer, store: AdapterStore, engine: E
 def _opened_base(config: ServeConfig) -> Opened:
     base = config.base or BUNDLED
     dtype, device = config.dtype or "float32", device_of(config.device)
-    model, tokenizer = load_base(base, dtype=dtype, device=device, revision=config.revision)
+    model, tokenizer = load_base(base, dtype=dtype, device=device, revision=config.revision, quantize=config.quantize)
     return Opened(model, tokenizer, base, (base,))
 
 
 def _opened_run(config: ServeConfig) -> Opened:
     if config.base is not None or config.revision is not None:
         raise ConfigError("base: the runs bring theirs; leave base and revision out, or serve their exports (adapters)")
+    if config.quantize is not None:
+        raise ConfigError("quantize: adapters of a run belong to its whole base; serve its exports (adapters) instead")
     first = served_run(config.runs[0])
     others = [run_adapters(run) for run in config.runs[1:]]
     for note in first.notes:
