@@ -32,9 +32,6 @@ class Lease(Protocol):
     @property
     def route(self) -> Route: ...
 
-    @property
-    def info(self) -> AdapterInfo: ...
-
     def release(self) -> None: ...
 
 

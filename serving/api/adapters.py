@@ -90,7 +90,7 @@ async def unload(name: str, service: Served, force: Annotated[bool, Query()] = F
 @router.post("/v1/lora_adapters/{name}/pin")
 async def pin(name: str, body: Pin, service: Served) -> Response:
     """Keep an adapter in memory whatever else is asked for, or no longer."""
-    return JSONResponse(asdict(await service.with_store(lambda: service.store.pin(name, body.pinned))))
+    return JSONResponse(asdict(await service.with_changes(lambda: service.store.pin(name, body.pinned))))
 
 
 def _find(service: Service, name: str) -> Any:
@@ -115,7 +115,7 @@ async def _change(service: Service, change: str, name: str, work: Callable[[], A
     if name in (AUTO, *service.base_names, *service.mixtures):
         raise ServingError("adapter_name_reserved", f"{shown(name)} is not an adapter of this server", 409)
     try:
-        done = await service.with_store(work)
+        done = await service.with_changes(work)
     except ServingError as error:
         service.metrics.swaps.labels(change, error.code).inc()
         raise

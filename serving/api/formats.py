@@ -160,9 +160,9 @@ def answer_headers(selections: Sequence[Selection]) -> dict[str, str]:
 
 
 def _answered_by(selection: Selection) -> Json:
-    told: Json = {"adapter": selection.name, "adapter_weight": selection.weight}
-    if selection.generation is not None:
-        told["adapter_generation"] = selection.generation
-    if selection.weights:
-        told["adapter_weights"] = dict(selection.weights)
-    return told
+    told: Json = {
+        "adapter": selection.name,
+        "adapter_weight": selection.weight,
+        "adapter_generation": selection.route.weights,
+    }
+    return {**told, "adapter_weights": dict(selection.weights)} if selection.weights else told

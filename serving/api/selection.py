@@ -22,7 +22,6 @@ class Selection:
         name: of the adapter, the mixture, the base, or of all adapters of a mix with `+` between.
         weight: what the automatic choice gave it; 1 where it was named.
         weights: of a mix, or of all adapters that the automatic choice looked at.
-        generation: of a single adapter: the hash of its content.
         lease: keeps the adapters as they are; given back by `release`.
     """
 
@@ -30,7 +29,6 @@ class Selection:
     route: Route
     weight: float = 1.0
     weights: Mapping[str, float] = field(default_factory=dict)
-    generation: str | None = None
     lease: Lease | None = None
 
     @property
@@ -99,7 +97,7 @@ async def _named(service: Service, name: str) -> Selection:
             raise
         near = did_you_mean(name[:256], model_names(service))
         raise ServingError("model_not_found", f"model {shown(name)} is not served; {near}", 404) from None
-    return Selection(name, lease.route, generation=lease.info.generation, lease=lease)
+    return Selection(name, lease.route, lease=lease)
 
 
 async def _leased(service: Service, name: str) -> Lease:
@@ -139,7 +137,6 @@ async def _chosen_once(service: Service, chooser: Chooser, prompt: list[int]) ->
         selection = Selection("base", BASE, choice.weight, choice.weights)
     else:
         lease = await _leased(service, choice.adapter)
-        generation = lease.info.generation
-        selection = Selection(choice.adapter, lease.route, choice.weight, choice.weights, generation, lease)
+        selection = Selection(choice.adapter, lease.route, choice.weight, choice.weights, lease)
     service.metrics.choices.labels(service.metrics.label(selection.name)).inc()
     return selection

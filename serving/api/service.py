@@ -16,7 +16,7 @@ from ..ports import Chooser, Engine, Store
 from .admission import Admission
 
 T = TypeVar("T")
-_STORE_THREADS = 16
+_STORE_THREADS, _CHANGE_THREADS = 16, 4
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Service:
         self.admission = Admission(self.config.memory.slots, self.config.limits.queue)
         self.metrics = Metrics(self.gauges, self.config.limits.adapter_labels)
         self._store_threads = ThreadPoolExecutor(_STORE_THREADS, "loramux-store")
+        self._change_threads = ThreadPoolExecutor(_CHANGE_THREADS, "loramux-changes")
         # One thread: the tokenizer must not be used twice at a time.
         self._text_thread = ThreadPoolExecutor(1, "loramux-text")
 
@@ -60,6 +61,10 @@ class Service:
     async def with_store(self, work: Callable[[], T]) -> T:
         """Run something that may read from disk, or wait, beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._store_threads, work)
+
+    async def with_changes(self, work: Callable[[], T]) -> T:
+        """Run what an administrator wants of the store, which must not wait behind clients who wait for the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self._change_threads, work)
 
     async def with_text(self, work: Callable[[], T]) -> T:
         """Run something that uses the tokenizer."""
@@ -93,6 +98,7 @@ class Service:
         for close in self.at_close:
             close()
         self._store_threads.shutdown(wait=False)
+        self._change_threads.shutdown(wait=False)
         self._text_thread.shutdown(wait=False)
 
 
