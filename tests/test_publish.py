@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hub_cases import RunningHub
+from hub_cases import RunningHub, running_hub
 from huggingface_hub import CommitOperationAdd, ModelCard
 from transformers import AutoModelForCausalLM
 
@@ -209,6 +209,22 @@ def test_a_dry_run_shows_what_would_be_sent_and_sends_nothing(
     assert f"published: {local_hub.url}/mia/dry/commit/" in capsys.readouterr().out
     assert main(command) == 0
     assert "mia/dry: nothing new, so no commit" in capsys.readouterr().out
+
+
+def test_a_hub_that_asks_for_a_token(finished_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = finished_job / "exports" / "home"
+    with running_hub(tmp_path / "hub") as hub:
+        token = hub.storage.accounts.create_token("mia")
+        with pytest.raises(RemoteError, match=f"mia/home: {hub.url} says: .*"):
+            put(home, "mia/home", hub)
+        monkeypatch.setenv("HF_TOKEN", token)
+        put(home, "mia/home", hub, private=True)
+        assert hub.client(token).model_info("mia/home").private
+        with pytest.raises(RemoteError, match=f"tom/home: {hub.url} says: .*"):
+            put(home, "tom/home", hub)
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(RemoteError, match=r"has no such repository, or it is private and you are not logged in"):
+            Remote(hub.url).commit("mia/home")
 
 
 @pytest.mark.parametrize("name", ["three", "mia/a/b", "mia/three!"])
