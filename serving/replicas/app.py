@@ -81,7 +81,7 @@ class Front:
             chooser=None if choosing is None else RemoteChooser(choosing),
         )
         examples = {} if choosing is None else await choosing.examples.remote()
-        await service.with_store(lambda: _load_all(store, config, examples))
+        await service.with_changes(lambda: _load_all(store, config, examples))
         if choosing is not None:
             store.subscribe(lambda: choosing.know.remote(store.examples()))
             await choosing.know.remote(store.examples())
