@@ -139,14 +139,8 @@ def _summary(source: Source, licence: str | None) -> str:
         what = f"LoRA adapters for {count} tasks: {', '.join(f'`{a.task}`' for a in source.adapters)}."
     else:
         what = "A mixture of LoRA experts with its router."
-    return "\n\n".join(
-        part
-        for part in (
-            what,
-            f"- Base: `{base.name}`{revision}. {where}\n" + "\n".join(f"- {line}" for line in _origin(source, licence)),
-        )
-        if part
-    )
+    lines = [f"Base: `{base.name}`{revision}. {where}", *_origin(source, licence)]
+    return f"{what}\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _origin(source: Source, licence: str | None) -> list[str]:
@@ -200,6 +194,7 @@ vllm serve {place} --enable-lora{largest} --lora-modules {task}={folder}
 
 
 def _routed_use(source: Source, repository: str, place: str) -> str:
+    named = f', routing_tasks="{source.tasks[0].name}"' if source.tasks else ""
     return f"""With loramux, all tasks at once; `loramux pull {repository} --to adapter` checks what it fetches:
 
 ```python
@@ -209,6 +204,7 @@ from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{place}"{pin(source.base.revision)})
 model = PeftModel.from_pretrained(base, "adapter/{MIXTURE}")
+model.generate(**prompt{named})  # the task is named; a method whose router reads prompts also decides itself
 ```"""
 
 

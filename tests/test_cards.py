@@ -57,6 +57,7 @@ def test_the_code_it_shows_is_python_and_names_the_repository(card: str) -> None
     blocks = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
     assert 'PeftModel.from_pretrained(base, "mia/three", subfolder="colour")' in blocks[0]
     assert "import loramux.adapters" in blocks[1]
+    assert 'model.generate(**prompt, routing_tasks="colour")' in blocks[1]
     for block in blocks:
         ast.parse(block)
     assert 'hf download mia/three --include "colour/*" --local-dir adapter' in card
