@@ -111,7 +111,7 @@ def test_every_answer_is_that_of_its_generation(tmp_path, clients, adapters, sec
         asyncio.run(traffic.run(clients, seconds))
         print(dict(traffic.seen), live.engine.stats())
         assert not traffic.wrong, traffic.wrong[:5]
-        assert traffic.seen["answers"] > 5 * clients
-        assert traffic.seen["replace 200"] > 5
+        assert traffic.seen["answers"] > clients
+        assert traffic.seen["replace 200"] > 2
         assert all(info.leases == 0 for info in live.service.store.list()), "a lease was not given back"
         assert live.service.admission.in_flight == 0
