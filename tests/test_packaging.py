@@ -183,6 +183,7 @@ def test_the_wheel_claims_no_name_but_loramux(wheel: list[str]) -> None:
 def test_the_wheel_is_complete(wheel: list[str]) -> None:
     shipped = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in modules(folder)}
     shipped |= {path.name for path in ROOT.glob("*.py")} | {"py.typed", "tasks/default.yaml"}
-    shipped |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "bases" / "tiny").iterdir()}
+    for folder in ("bases/tiny", "hub/server/page", "serving/page"):
+        shipped |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).iterdir()}
     assert {name.removeprefix("loramux/") for name in wheel if name.startswith("loramux/")} == shipped
     assert "loramux/bases/tiny/model.safetensors" in wheel

@@ -23,7 +23,7 @@ from .xet import XetUploads
 
 ROUTE_MODULES = (account_routes, repo_routes, ref_routes, file_routes, upload_routes, xet_routes, page_routes)
 _LOG = logging.getLogger("loramux.hub")
-_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\]|testserver)(:\d+)?")
+_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
 _SWEEP_EVERY_S = 300
 _DRAIN_BYTES = 64 << 20
 _SAFE = {

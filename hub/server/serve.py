@@ -24,7 +24,8 @@ def serve(root: Path, *, host: str = "127.0.0.1", port: int = 8000, policy: Poli
     try:
         refuse_strangers(storage, host)
         hub = Hub(storage, policy)
-        say(f"hub in {root} (Ctrl-C stops it); for clients: export HF_ENDPOINT=http://{host}:{port}")
+        address = f"[{host}]" if ":" in host else host
+        say(f"hub in {root} (Ctrl-C stops it); for clients: export HF_ENDPOINT=http://{address}:{port}")
         uvicorn.run(
             hub,
             host=host,

@@ -142,37 +142,41 @@ function size(bytes) {
   return `${(bytes / 1024 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
 }
 
-// Results as bars: one group for each task, one bar for each metric (of each adapter)
+// Results as bars: a group for each task, in it a bar for each way of scoring (of each adapter) that it has. Tasks have
+// metrics of their own, so of a metric such as "accuracy (exported)" the part in brackets is what bars have in common.
+
+const wayOf = (metric) => metric.match(/\(([^()]+)\)$/)?.[1] ?? metric;
 
 function chart(adapters) {
-  const series = adapters.flatMap(({ name, results }) =>
-    [...new Set(results.map((result) => result.metric))].map((metric) => ({ name, metric, results })),
+  const bars = adapters.flatMap(({ name, results }) =>
+    results.map((result) => ({ ...result, way: (adapters.length > 1 ? `${name}: ` : "") + wayOf(result.metric) })),
   );
-  const tasks = [...new Set(adapters.flatMap(({ results }) => results.map((result) => result.task)))];
-  const values = adapters.flatMap(({ results }) => results.map((result) => result.value));
-  const most = Math.max(1, ...values);
-  const [left, width, bar, gap] = [150, 720, 14, 12];
-  const group = series.length * bar + gap;
-  const legend = 18 * series.length + 10;
-  const svg = draw("svg", { viewBox: `0 0 ${width} ${legend + tasks.length * group + 5}`, role: "img", "aria-label": "Results" });
-  series.forEach((one, index) => {
-    svg.append(draw("rect", { x: left, y: 18 * index + 3, width: 12, height: 12, class: `bar-${index % 4}` }));
-    const text = adapters.length > 1 ? `${one.name}: ${one.metric}` : one.metric;
-    svg.append(draw("text", { x: left + 18, y: 18 * index + 13 }, text));
+  const ways = [...new Set(bars.map((bar) => bar.way))];
+  const most = Math.max(1, ...bars.map((bar) => bar.value));
+  const [left, width, thick, gap] = [150, 720, 14, 10];
+  const svg = draw("svg", { role: "img", "aria-label": "Results" });
+  ways.forEach((way, index) => {
+    svg.append(draw("rect", { x: left, y: 18 * index + 3, width: 12, height: 12, class: `bar-${index % 6}` }));
+    svg.append(draw("text", { x: left + 18, y: 18 * index + 13 }, way));
   });
-  tasks.forEach((task, place) => {
-    const top = legend + place * group;
-    svg.append(draw("text", { x: left - 8, y: top + (group - gap) / 2 + 4, "text-anchor": "end" }, task.slice(0, 22)));
-    series.forEach((one, index) => {
-      const result = one.results.find((found) => found.task === task && found.metric === one.metric);
-      if (!result) return;
-      const length = (Math.max(0, result.value) / most) * (width - left - 60);
-      const y = top + index * bar;
-      svg.append(draw("rect", { x: left, y, width: Math.max(length, 1), height: bar - 2, class: `bar-${index % 4}` }));
-      svg.append(draw("text", { x: left + length + 5, y: y + bar - 4 }, Number(result.value.toPrecision(4)).toString()));
-    });
-  });
-  svg.append(draw("line", { x1: left, x2: left, y1: legend - 4, y2: legend + tasks.length * group, class: "axis" }));
+  const start = 18 * ways.length + 10;
+  let y = start;
+  for (const task of new Set(bars.map((bar) => bar.task))) {
+    const group = bars.filter((bar) => bar.task === task);
+    const middle = y + (group.length * thick) / 2 + 3;
+    svg.append(draw("text", { x: left - 8, y: middle, "text-anchor": "end" }, task.slice(0, 22)));
+    for (const bar of group) {
+      const length = (Math.max(0, bar.value) / most) * (width - left - 60);
+      const colour = `bar-${ways.indexOf(bar.way) % 6}`;
+      const rect = draw("rect", { x: left, y, width: Math.max(length, 1), height: thick - 2, class: colour });
+      rect.append(draw("title", {}, `${task}, ${bar.metric}: ${bar.value}`));
+      svg.append(rect, draw("text", { x: left + length + 5, y: y + thick - 4 }, Number(bar.value.toPrecision(4)).toString()));
+      y += thick;
+    }
+    y += gap;
+  }
+  svg.append(draw("line", { x1: left, x2: left, y1: start - 4, y2: y, class: "axis" }));
+  svg.setAttribute("viewBox", `0 0 ${width} ${y + 5}`);
   return svg;
 }
 
