@@ -42,6 +42,10 @@ class PublishedTask:
     examples: list[Shown]
     dataset: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.folder in (".", "..") or "/" in self.folder or "\\" in self.folder:
+            raise ValueError(f"folder (={self.folder!r}) must be the name of a folder, or empty")
+
     @property
     def named_scores(self) -> dict[str, float]:
         """Scores by metric and column, as the table names it."""

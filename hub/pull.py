@@ -84,11 +84,8 @@ def pull(
 
 
 def _is_wanted(path: str, size: int) -> bool:
-    """Weights and what people and programs read; no code, no pickles, nothing that leads out of the folder."""
-    parts = PurePosixPath(path).parts
-    if ".." in parts or path.startswith("/") or "\\" in path or ":" in path:
-        return False
-    if not (path.endswith(_FETCHED) or parts[-1] in ("LICENSE", "LICENCE")):
+    """Weights and what people and programs read; no code, no pickles."""
+    if not (path.endswith(_FETCHED) or PurePosixPath(path).name in ("LICENSE", "LICENCE")):
         return False
     return path.endswith(".safetensors") or size <= LARGEST_TEXT
 

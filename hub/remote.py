@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -69,7 +69,8 @@ class Remote:
         """What a repository holds at a branch, a tag or a commit.
 
         Raises:
-            RemoteError: there is no such repository or revision, or the hub cannot be reached.
+            RemoteError: there is no such repository or revision, the hub cannot be reached, or a file's name leads out
+                of the folder.
         """
         with self.talking(repository, revision):
             info = self.api.model_info(repository, revision=revision)
@@ -80,6 +81,9 @@ class Remote:
                 for entry in entries
                 if isinstance(entry, RepoFile)
             }
+        for path in files:
+            if not _stays_inside(path):
+                raise RemoteError(f"{repository}: names a file {path!r}, which would lie outside of its folder")
         return Commit(info, info.sha, files)
 
     def exists(self, repository: str) -> bool:
@@ -154,6 +158,10 @@ def check_name(repository: str) -> str:
     if repository.count("/") != 1:
         raise ConfigError(f"{repository!r}: write it as owner/name")
     return repository
+
+
+def _stays_inside(path: str) -> bool:
+    return ".." not in PurePosixPath(path).parts and not path.startswith("/") and "\\" not in path and ":" not in path
 
 
 def size_of(content: Path | bytes) -> int:

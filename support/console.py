@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 console = Console(soft_wrap=True)
@@ -24,7 +25,12 @@ _LINE_EVERY_S = 10.0
 
 def say(message: str) -> None:
     """Print one line for the user (markup off: messages carry file names and brackets)."""
-    console.print(message, markup=False, highlight=False)
+    console.print(printable(message), markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text that may be a stranger's, without what would steer the terminal."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "?" for sign in text)
 
 
 class Meter:
@@ -84,5 +90,5 @@ def show_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]])
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console(file=sys.stdout, width=None if console.is_terminal else 160).print(table)

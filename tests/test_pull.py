@@ -8,6 +8,7 @@ import pytest
 import torch
 from hub_cases import RunningHub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.hf_api import RepoFile
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -227,6 +228,17 @@ def test_repositories_that_are_not_there_or_hold_none(local_hub: RunningHub, pub
     (tmp_path / "empty" / "a.md").write_text("a")
     with pytest.raises(RemoteError, match="mia/empty: holds no PEFT adapter"):
         get(put(tmp_path / "empty", "mia/empty", local_hub), local_hub)
+
+
+@pytest.mark.parametrize("path", ["../adapter_config.json", "/etc/x.json", "a/../../x.json", "a\\b.json", "C:x.json"])
+def test_names_that_lead_out_of_the_folder(
+    path: str, local_hub: RunningHub, published: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = Remote(local_hub.url)
+    evil = RepoFile(path=path, size=2, oid="0" * 40)
+    monkeypatch.setattr(remote.api, "list_repo_tree", lambda *_, **__: [evil])
+    with pytest.raises(RemoteError, match=r"mia/three: names a file .*, which would lie outside of its folder"):
+        pull(published, remote)
 
 
 def test_folders_with_something_else_in_them_stay(local_hub: RunningHub, published: str, adapter: Path) -> None:

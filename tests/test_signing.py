@@ -80,6 +80,11 @@ def test_several_trusted_keys_may_stand_in_one_file(tmp_path: Path) -> None:
         ("[]", "mia/three/loramux.json: format 'list'; this version of loramux reads 1"),
         ('{"format": 2}', "format 2; this version of loramux reads 1"),
         ('{"format": 1, "base": 3}', "mia/three/loramux.json: "),
+        (
+            '{"format": 1, "base": "b", "files": {}, '
+            '"tasks": [{"name": "a", "folder": "../x", "scores": {}, "examples": []}]}',
+            "tasks.0: folder .=.../x.. must be the name of a folder, or empty",
+        ),
     ],
 )
 def test_what_is_no_manifest(text: str, message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from loramux.support import files
 from loramux.support.config import apply_overrides, config, load_yaml, parse, to_data
+from loramux.support.console import say, show_table
 from loramux.support.errors import ConfigError, did_you_mean
 
 
@@ -148,3 +149,11 @@ def test_leftovers_of_a_killed_process_are_swept_away(tmp_path: Path):
     (tmp_path / "kept").write_text("whole")
     files.remove_partials(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_what_strangers_wrote_neither_steers_the_terminal_nor_counts_as_markup(capsys):
+    show_table("found", ["name"], [["[/x] \x1b[31mred"]])
+    say("also \x1b]0;title\x07 here")
+    told = capsys.readouterr().out
+    assert "[/x] ?[31mred" in told
+    assert "also ?]0;title? here" in told
