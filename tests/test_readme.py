@@ -19,6 +19,7 @@ from loramux.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PUBLISHING = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -51,10 +52,18 @@ def test_every_command_named_exists(command: str, capsys: pytest.CaptureFixture[
     assert f"usage: loramux {command}" in capsys.readouterr().out
 
 
-def test_every_command_line_shown_is_understood() -> None:
-    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (README, {"train", "evaluate", "export", "compare", "publish"}),
+        (PUBLISHING, {"publish", "pull", "search", "info", "diff", "recommend"}),
+    ],
+    ids=["README", "publishing"],
+)
+def test_every_command_line_shown_is_understood(text: str, named: set[str]) -> None:
+    lines = [shlex.split(line, comments=True) for block in blocks("sh", text) for line in block.splitlines()]
     shown = [words[1:] for words in lines if words[:1] == ["loramux"]]
-    assert {words[0] for words in shown} >= {"train", "evaluate", "export", "compare"}
+    assert {words[0] for words in shown} >= named
     for words in shown:
         assert build_parser().parse_args(words).command == words[0]
 
