@@ -80,6 +80,8 @@ class Sources:
         """
         found = self._folder(source)
         if found is not None:
+            if revision is not None:
+                raise ServingError("adapter_not_found", f"{shortened(source)}: a folder, which has no revisions", 404)
             return found
         repository, _, given = source.partition("@")
         revision = revision or given or None

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -232,8 +233,8 @@ class AdapterStore:
         Raises:
             ServingError: `pin_limit_exceeded`, and as `lease`.
         """
-        with self.lease(name), self._changed:
-            adapter = self._known(name)
+        with self.lease(name) if pinned else nullcontext(), self._changed:
+            adapter = self._takes_requests(name)
             if pinned:
                 self._check_pins(name)
             adapter.generation.pinned = pinned
@@ -303,6 +304,7 @@ class AdapterStore:
             raise ServingError(
                 "adapter_name_reserved",
                 f"{name!r} stands for something else here; choose another name",
+                409,
             )
 
     def _known(self, name: str) -> Adapter:

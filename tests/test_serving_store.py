@@ -220,7 +220,7 @@ def test_names_that_stand_for_something_else_are_refused(name: str, root: Path) 
     base = tiny_llama()
     store = AdapterStore(layout_of(base), base, BASE_NAMES, [root], reserved=["taken"])
     refused = refusal(store.load, name, "a")
-    assert refused.code == "adapter_name_reserved"
+    assert (refused.code, refused.status) == ("adapter_name_reserved", 409)
     assert f"{name!r} stands for something else here" in refused.message
 
 
@@ -260,6 +260,12 @@ def test_only_folders_below_the_roots_are_opened(source, code, root: Path, store
     assert len(refused.message) < 600
     assert not [path for path in opened if "outside" in path or "weights" in path]
     assert not store.list()
+
+
+def test_a_folder_has_no_revisions(store: AdapterStore) -> None:
+    refused = refusal(store.load, "a", "a", revision="main")
+    assert (refused.code, refused.status) == ("adapter_not_found", 404)
+    assert "a folder, which has no revisions" in refused.message
 
 
 def test_a_link_inside_the_root_is_followed_until_it_leads_out(root: Path) -> None:
@@ -451,7 +457,7 @@ def test_who_finds_all_memory_in_use_waits_until_a_request_ends(root: Path) -> N
 
 
 def test_pinned_and_leased_adapters_never_leave(root: Path) -> None:
-    store = make_store(root, adapters=2, load_s=0.5)
+    store = make_store(root, adapters=2, load_s=3)
     store.load("a", "a", pin=True)
     store.load("b", "b")
     with store.lease("b"):
@@ -467,8 +473,9 @@ def test_pinned_and_leased_adapters_never_leave(root: Path) -> None:
     assert "'c' cannot be pinned: 1 adapters are" in refused.message
     assert refusal(store.load, "e", "b", pin=True).code == "pin_limit_exceeded"
     assert not store.pin("a", False).pinned
+    assert store.pin("d", False).state == "disk"
     assert store.pin("b").pinned
-    assert states(store) == {"a": "memory", "b": "memory", "d": "disk", "c": "disk"}
+    assert states(store) == {"a": "disk", "b": "memory", "d": "disk", "c": "memory"}
     assert store.replace("b", "d", expected_generation=store.list()[1].generation).pinned
 
 
