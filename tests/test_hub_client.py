@@ -181,6 +181,7 @@ def test_an_adapter_is_known_by_its_config_whatever_its_card_says(local_hub: Run
     config = {"base_model_name_or_path": "tiny/base", "peft_type": "LORA", "r": 4, "task_type": "CAUSAL_LM"}
     operations = [
         CommitOperationAdd("README.md", b"---\nlibrary_name: transformers\ntags: []\n---\n"),
+        CommitOperationAdd("mixture/adapter_config.json", b'{"peft_type": "LORAMUX", "r": 99}'),
         CommitOperationAdd("who/adapter_config.json", json.dumps(config).encode()),
     ]
     client.create_commit(repo, operations, commit_message="adapter")

@@ -130,6 +130,20 @@ def test_an_adapter_is_shown_with_its_card_its_figures_and_the_line_to_use_it(pa
     assert page.evaluate("window.evil") is None
 
 
+def test_lines_to_copy_cannot_be_made_to_run_something_else(page: Page, hub: RunningHub) -> None:
+    client = hub.client()
+    client.create_repo("mia/quoting")
+    config = {"base_model_name_or_path": 'x"); import evil  # ', "peft_type": "LORA"}
+    client.upload_file(
+        repo_id="mia/quoting", path_or_fileobj=json.dumps(config).encode(), path_in_repo='a")#/adapter_config.json'
+    )
+    page.goto(f"{hub.url}/mia/quoting")
+    lines = page.inner_text(".use pre").splitlines()
+    assert lines[-2] == r'base = AutoModelForCausalLM.from_pretrained("x\"); import evil  # ")'
+    assert lines[-1] == r'model = PeftModel.from_pretrained(base, "mia/quoting", subfolder="a\")#")'
+    client.delete_repo("mia/quoting")
+
+
 def test_two_adapters_are_compared(page: Page, hub: RunningHub) -> None:
     page.goto(f"{hub.url}/_compare?one=mia/moa&two=mia/smora")
     expect(page.locator("table th a")).to_have_text(["mia/moa", "mia/smora"])

@@ -18,6 +18,7 @@ from .metadata import CardError, card_metadata, describe, read_json
 from .names import MAIN, check_path, check_reference
 
 CARD, ADAPTER_CONFIG = "README.md", "adapter_config.json"
+_MAX_ADAPTERS = 20  # of a repo whose configs the hub looks at
 _MAX_READ = 1 << 20  # bytes of a card or a config that the hub itself reads
 
 
@@ -178,6 +179,16 @@ class History:
         data = self._bytes(entry)
         return None if data is None else data.decode("utf-8", "replace")
 
+    def first_adapter(self, tree: Tree) -> tuple[str, Any] | None:
+        """Folder and config of the adapter that stands for a tree: its first plain LoRA, or its first of any kind."""
+        paths = [path for path in sorted(tree) if path.rsplit("/", 1)[-1] == ADAPTER_CONFIG][:_MAX_ADAPTERS]
+        found = [
+            (path.removesuffix(ADAPTER_CONFIG).rstrip("/"), read_json(self._bytes(tree[path]) or b"") or {})
+            for path in paths
+        ]
+        plain = (one for one in found if isinstance(one[1], dict) and one[1].get("peft_type") == "LORA")
+        return next(plain, found[0] if found else None)
+
     def _bytes(self, entry: Entry | None) -> bytes | None:
         if entry is None or entry.size > _MAX_READ:
             return None
@@ -319,9 +330,8 @@ class History:
             card: dict[str, Any] = card_metadata(self.text(tree.get(CARD)) or "")
         except CardError:
             card = {}
-        configs = (entry for path, entry in sorted(tree.items()) if path.rsplit("/", 1)[-1] == ADAPTER_CONFIG)
-        config = self._bytes(next(configs, None))
-        tags, facts = describe(tree, card, None if config is None else read_json(config) or {})
+        adapter = self.first_adapter(tree)
+        tags, facts = describe(tree, card, adapter and adapter[1])
         connection.execute(
             "UPDATE repos SET head = ?, modified = ?, tags = ?, facts = ?, card = ?, paths = ? WHERE key = ?",
             (commit, now(), json.dumps(tags), json.dumps(facts), json.dumps(card or None), json.dumps([*tree]), key),

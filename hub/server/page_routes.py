@@ -45,12 +45,14 @@ def _facets(call: Call) -> Response:
 def card(call: Call) -> Response:
     """All that the page shows of a repo; its card as HTML that is safe to put into a page."""
     repo = call.hub.storage.repos.find(call.repo_id, call.caller)
-    tree = call.hub.storage.history.tree(repo.key, repo.head)
-    text = call.hub.storage.history.text(tree.get(CARD)) or ""
+    history = call.hub.storage.history
+    tree = history.tree(repo.key, repo.head)
+    text, adapter = history.text(tree.get(CARD)) or "", history.first_adapter(tree)
     told: dict[str, Any] = {
         **summary(repo),
         "base": next((tag.split(":", 2)[2] for tag in repo.tags if tag.startswith("base_model:adapter:")), None),
         "rank": repo.facts.get("config", {}).get("peft", {}).get("r"),
+        "folder": adapter and adapter[0],
         "results": results(repo.card or {}),
         "files": [{"path": path, "size": entry.size} for path, entry in sorted(tree.items())[:1000]],
         "card": render_card(text, f"{call.request.scope.get('root_path', '')}{repo.id.page}/resolve/main/"),

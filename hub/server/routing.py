@@ -23,7 +23,7 @@ _PARTS = {
     "prefix": "/datasets|/spaces|",  # models have none
     "repo": "[^/]+/[^/]+",
     "path": ".+",
-    "page": r"(?:(?:datasets|spaces)/)?(?!api/|_)[^/]+/[^/]+(?:/(?:tree|commit)/.+)?",
+    "page": r"(?:(?:datasets|spaces)/)?(?!api/|_)[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(?:/(?:tree|commit)/.+)?",
     "sha256": "[0-9a-f]{64}",
     "number": "[0-9]{1,6}",
 }

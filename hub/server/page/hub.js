@@ -76,11 +76,10 @@ async function fillFilters() {
 
 async function show(repo, type) {
   const told = await (await ask(at(`_page/${type}/${repo}`))).json();
-  const adapters = told.files.filter((file) => file.path.endsWith("adapter_config.json"));
   const parts = [
     make("h1", {}, repo),
     make("p", { class: "tags" }, ...told.tags.slice(0, 40).map((tag) => make("span", {}, tag))),
-    use(repo, type, told.base, adapters.map((file) => file.path.replace(/\/?adapter_config\.json$/, ""))),
+    use(repo, type, told.base, told.folder),
   ];
   if (told.results.length) parts.push(make("h2", {}, "Results"), chart([{ name: repo, results: told.results }]));
   const card = make("div", { class: "card" });
@@ -91,16 +90,17 @@ async function show(repo, type) {
   document.title = repo;
 }
 
-function use(repo, type, base, folders) {
-  const folder = folders.find((name) => name) ?? "";
-  const inside = folders.length && !folders.includes("") ? `, subfolder="${folder}"` : "";
-  const lines = folders.length
+// What repos say about themselves is quoted: these lines are pasted and run.
+// `folder` is where the adapter lies in the repo, "" at its root, null where there is none.
+function use(repo, type, base, folder) {
+  const inside = folder ? `, subfolder=${JSON.stringify(folder)}` : "";
+  const lines = folder !== null
     ? [
         `# export HF_ENDPOINT=${root.href.replace(/\/$/, "")}`,
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        `base = AutoModelForCausalLM.from_pretrained("${base ?? "BASE"}")`,
+        `base = AutoModelForCausalLM.from_pretrained(${JSON.stringify(base ?? "BASE")})`,
         `model = PeftModel.from_pretrained(base, "${repo}"${inside})`,
       ]
     : [`HF_ENDPOINT=${root.href.replace(/\/$/, "")} hf download ${type === "models" ? "" : `--repo-type ${type.slice(0, -1)} `}${repo}`];
