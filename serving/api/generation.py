@@ -63,11 +63,12 @@ async def _answer(
         number, event = await anext(events)  # what fails at once has a status of its own
         _take(service, running, made[number], event)
     include_usage = body.stream_options is not None and body.stream_options.include_usage
-    lines = _lines(request, running, writer, events, (number, event), include_usage)
+    lines = _lines(service, request, running, writer, events, (number, event), include_usage)
     return StreamingResponse(lines, headers=headers, media_type="text/event-stream")
 
 
 async def _lines(
+    service: Service,
     request: Request,
     running: Answers,
     writer: Writer,
@@ -76,7 +77,6 @@ async def _lines(
     include_usage: bool,
 ) -> AsyncIterator[str]:
     """The stream of all answers, as server-sent events."""
-    service = service_of(request)
     try:
         opening = writer.format.begin()
         for number in range(len(writer.answers) if opening is not None else 0):

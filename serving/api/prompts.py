@@ -21,7 +21,8 @@ async def prompt_ids(service: Service, given: Given) -> list[list[int]]:
     """
     listed: Sequence[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     if isinstance(listed[0], str):
-        listed = await service.with_text(lambda: [_encode(service, text) for text in listed])
+        texts = listed
+        listed = await service.with_text(lambda: [_encode(service, text) for text in texts], sum(map(len, texts)))
     for number, ids in enumerate(listed):
         _check(service, ids, f"prompt {number}" if len(listed) > 1 else "the prompt")
     return list(listed)
@@ -33,7 +34,8 @@ async def chat_ids(service: Service, messages: Sequence[Message]) -> list[int]:
     Raises:
         ServingError: the template refuses these messages, or they are too long.
     """
-    ids = await service.with_text(lambda: _encode_chat(service, messages))
+    characters = sum(len(message.text) for message in messages)
+    ids = await service.with_text(lambda: _encode_chat(service, messages), characters)
     _check(service, ids, "the conversation")
     return ids
 

@@ -17,6 +17,7 @@ from .admission import Admission
 
 T = TypeVar("T")
 _STORE_THREADS, _CHANGE_THREADS = 16, 4
+_SHORT = 4096
 
 
 @dataclass
@@ -47,7 +48,6 @@ class Service:
         self.metrics = Metrics(self.gauges, self.config.limits.adapter_labels)
         self._store_threads = ThreadPoolExecutor(_STORE_THREADS, "loramux-store")
         self._change_threads = ThreadPoolExecutor(_CHANGE_THREADS, "loramux-changes")
-        # One thread: the tokenizer must not be used twice at a time.
         self._text_thread = ThreadPoolExecutor(1, "loramux-text")
 
     @property
@@ -66,8 +66,10 @@ class Service:
         """Run what an administrator wants of the store, which must not wait behind clients who wait for the disk."""
         return await asyncio.get_running_loop().run_in_executor(self._change_threads, work)
 
-    async def with_text(self, work: Callable[[], T]) -> T:
-        """Run something that uses the tokenizer."""
+    async def with_text(self, work: Callable[[], T], characters: int) -> T:
+        """Run something that tokenises so many characters; few are done before another thread would begin."""
+        if characters <= _SHORT:
+            return work()
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, work)
 
     def prompt_limit(self) -> int:
@@ -102,6 +104,6 @@ class Service:
         self._text_thread.shutdown(wait=False)
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """The service behind a request, as a dependency of its route."""
     return request.app.state.service
