@@ -43,11 +43,6 @@ class Row:
     def made(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
-    @property
-    def longest(self) -> int:
-        """How many tokens it can come to."""
-        return len(self.request.prompt) + self.request.sampling.max_tokens
-
 
 class Runner:
     """The model, as batches use it."""
@@ -96,10 +91,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def cache_tokens(self, *joining: Row) -> int:
-        """How many tokens' keys and values the rows and those joining can come to need."""
-        rows = [*self.rows, *joining]
-        return len(rows) * max((row.longest for row in rows), default=0)
+    def cache_tokens(self, *joining: Request) -> int:
+        """How many tokens' keys and values the rows and those joining can come to need, padding included."""
+        requests = [*(row.request for row in self.rows), *joining]
+        return len(requests) * max((request.longest for request in requests), default=0)
 
     def decode(self) -> Tensor:
         """Run the last token of every row; logits `(rows, vocabulary)`."""

@@ -143,10 +143,9 @@ class Engine:
         Raises:
             ServingError: it is too long, the queue is full, or the engine is stopping.
         """
-        length = len(request.prompt) + request.sampling.max_tokens
         if not request.prompt:
             raise ServingError("empty_prompt", "the prompt has no tokens", 400)
-        if length > self.max_length:
+        if request.longest > self.max_length:
             raise ServingError(
                 "context_length_exceeded",
                 f"the prompt has {len(request.prompt)} tokens and the answer may have "
@@ -219,7 +218,7 @@ class Engine:
     def _take_arrivals(self) -> None:
         while self._arrived:
             request = self._arrived.popleft()
-            self._waiting.push(request.route.name, len(request.prompt) + request.sampling.max_tokens, request)
+            self._waiting.push(request.route.name, request.longest, request)
 
     def _drop_unwanted(self) -> None:
         now = time.monotonic()
@@ -285,19 +284,16 @@ class Engine:
 
     def _next_rows(self) -> list[Row]:
         """Requests that may join now, in the queue's order, as many as can be read together."""
-        rows: list[Row] = []
-        while self._waiting and len(self._running) + len(rows) < self.options.max_rows:
+        joining: list[Request] = []
+        while self._waiting and len(self._running) + len(joining) < self.options.max_rows:
             request = self._waiting.peek()
-            longest = max([len(request.prompt), *(len(row.tokens) for row in rows)])
-            if rows and longest * (len(rows) + 1) > self.options.prefill_tokens:
+            longest = max(len(other.prompt) for other in (*joining, request))
+            if joining and longest * (len(joining) + 1) > self.options.prefill_tokens:
                 break
-            row = self._row(request)
-            if row is not None and self._running.cache_tokens(*rows, row) > self.options.max_cache_tokens:
+            if self._running.cache_tokens(*joining, request) > self.options.max_cache_tokens:
                 break
-            self._waiting.pop()
-            if row is not None:
-                rows.append(row)
-        return rows
+            joining.append(self._waiting.pop())
+        return [row for request in joining if (row := self._row(request)) is not None]
 
     def _row(self, request: Request) -> Row | None:
         sampling = request.sampling

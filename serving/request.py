@@ -143,6 +143,11 @@ class Request:
     arrived: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Tokens that the prompt and its answer can come to."""
+        return len(self.prompt) + self.sampling.max_tokens
+
     def cancel(self) -> None:
         """Ask the engine to drop the request; it leaves at the next step."""
         self.is_cancelled = True
