@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from engine_cases import GREEDY, Answer, generated, packed, route, save_lora, stock_answer, tiny_base
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MambaForCausalLM, MistralConfig, Qwen2Config
 
 from loramux.adapters import LoramuxConfig

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from engine_cases import tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from engine_cases import tiny_base
 
 from loramux.adapters import LowRank
 from loramux.serving.factors import FactorLayout, Group, combine
