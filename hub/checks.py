@@ -2,9 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..adapters import LoramuxConfig, read_lora
 from ..adapters.lora_folder import CONFIG, WEIGHTS
 from ..bases import base_identity, resolve_base
-from ..support.errors import AdapterError, ConfigError, LoramuxError
+from ..support.errors import AdapterError, ConfigError, LoramuxError, RemoteError
 
 _LARGEST_CONFIG = 1 << 20
 LORA, MIXTURE_KIND = "LORA", "LORAMUX"
@@ -51,6 +51,18 @@ class AdapterConfig:
             "targets": listed,
         }
         return {key: str(value) for key, value in shown.items() if value is not None}
+
+
+def listed_adapters(paths: Iterable[str], repository: str) -> list[str]:
+    """The folders of a repository's files that hold an adapter; `.` is its root.
+
+    Raises:
+        RemoteError: there is none.
+    """
+    found = sorted(str(path.parent) for path in map(PurePosixPath, paths) if path.name == CONFIG)
+    if not found:
+        raise RemoteError(f"{repository}: holds no PEFT adapter (no {CONFIG})")
+    return found
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:

@@ -8,8 +8,7 @@ from typing import Any
 from huggingface_hub import ModelInfo
 
 from ..adapters.lora_folder import CONFIG, WEIGHTS
-from ..support.errors import RemoteError
-from .checks import AdapterConfig, read_adapter_config
+from .checks import AdapterConfig, listed_adapters, read_adapter_config
 from .manifest import MANIFEST, Manifest, read_manifest
 from .remote import Commit, Remote, check_name
 from .signing import ATTESTATION
@@ -55,7 +54,6 @@ class Described:
     files: int
     size: int
     is_signed: bool
-    manifest: Manifest | None
     adapters: list[Held]
 
 
@@ -92,12 +90,11 @@ def describe(name: str, remote: Remote) -> Described:
     repository, _, revision = name.partition("@")
     commit = remote.commit(check_name(repository), revision or None)
     manifest = read_manifest(remote.read(repository, commit, MANIFEST), repository)
-    folders = sorted(str(PurePosixPath(path).parent) for path in commit.files if PurePosixPath(path).name == CONFIG)
-    if not folders:
-        raise RemoteError(f"{repository}: holds no PEFT adapter (no {CONFIG})")
     card = commit.info.card_data.to_dict() if commit.info.card_data else {}
     scores = _scores(manifest, commit.info)
-    adapters = [_held(folder, repository, commit, remote, scores) for folder in folders]
+    adapters = [
+        _held(folder, repository, commit, remote, scores) for folder in listed_adapters(commit.files, repository)
+    ]
     return Described(
         repository,
         commit.sha,
@@ -107,7 +104,6 @@ def describe(name: str, remote: Remote) -> Described:
         len(commit.files),
         sum(file.size for file in commit.files.values()),
         ATTESTATION in commit.files,
-        manifest,
         adapters,
     )
 

@@ -3,7 +3,7 @@
 import glob
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from ..adapters.lora_folder import CONFIG, PICKLED, WEIGHTS
-from ..support.errors import AdapterError, ConfigError, RemoteError, TrustError
+from ..support.errors import AdapterError, ConfigError, TrustError
 from ..support.files import atomic_folder, write_json
 from .card import CARD
-from .checks import AdapterConfig, check_adapter, names_of, read_adapter_config, skeleton
+from .checks import AdapterConfig, check_adapter, listed_adapters, names_of, read_adapter_config, skeleton
 from .remote import LARGEST_TEXT, Commit, Remote, check_name, sha256_of
 from .signing import ATTESTATION, Attestation, verify
 
@@ -73,7 +73,8 @@ def pull(
     _refuse_other_folder(to, check_name(repository))
     commit = remote.commit(repository, revision or None)
     wanted = [path for path, file in commit.files.items() if _is_wanted(path, file.size)]
-    adapters = _adapter_folders(commit.files, repository)
+    adapters = listed_adapters(wanted, repository)
+    _refuse_without_weights(adapters, commit.files, repository)
     cached = _fetch(repository, commit, wanted, remote)
     hashes = {path: sha256_of(cached / path) for path in wanted}
     signature = _check_signature(repository, cached, hashes, trusted) if trusted is not None else None
@@ -90,18 +91,12 @@ def _is_wanted(path: str, size: int) -> bool:
     return path.endswith(".safetensors") or size <= LARGEST_TEXT
 
 
-def _adapter_folders(paths: Iterable[str], repository: str) -> list[str]:
-    """Every folder with an adapter's config, as seen from the root (`.` for the root itself)."""
-    there = set(paths)
-    folders = sorted(str(PurePosixPath(path).parent) for path in there if PurePosixPath(path).name == CONFIG)
-    if not folders:
-        raise RemoteError(f"{repository}: holds no PEFT adapter (no {CONFIG})")
-    for folder in folders:
-        if str(PurePosixPath(folder) / WEIGHTS) not in there:
-            pickled = str(PurePosixPath(folder) / PICKLED) in there
-            reason = f"its weights are pickled ({PICKLED}), and reading a pickle can run any code" if pickled else ""
-            raise AdapterError(f"{repository}, {folder}: {reason or f'no {WEIGHTS} beside its {CONFIG}'}")
-    return folders
+def _refuse_without_weights(folders: Iterable[str], there: Collection[str], repository: str) -> None:
+    for folder in map(PurePosixPath, folders):
+        if str(folder / WEIGHTS) not in there:
+            pickled = f"its weights are pickled ({PICKLED}), and reading a pickle can run any code"
+            reason = pickled if str(folder / PICKLED) in there else f"no {WEIGHTS} beside its {CONFIG}"
+            raise AdapterError(f"{repository}, {folder}: {reason}")
 
 
 def _fetch(repository: str, commit: Commit, paths: list[str], remote: Remote) -> Path:
