@@ -13,6 +13,10 @@ OTHER = "_other"
 """The label of all adapters beyond the limit, which no adapter can be called."""
 
 
+MIX = "_mix"
+"""The label of all weighted mixes of adapters."""
+
+
 class Metrics:
     """The counters of one server.
 

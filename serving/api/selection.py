@@ -1,10 +1,12 @@
 """Which adapter answers: the one that is named, a mix of several, a hosted mixture, or the automatic choice."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...support.errors import did_you_mean
 from ..errors import ServingError
+from ..metrics import MIX
 from ..ports import Chooser, Lease
 from ..request import BASE, Route
 from .errors import shown
@@ -33,7 +35,7 @@ class Selection:
 
     @property
     def metric_name(self) -> str:
-        return "_mix" if len(self.route.parts) > 1 else self.name
+        return MIX if len(self.route.parts) > 1 else self.name
 
     def release(self) -> None:
         if self.lease is not None:
@@ -48,15 +50,14 @@ async def select(service: Service, body: Generation, prompts: list[list[int]]) -
         ServingError: nothing of that name is served, or the parameters contradict each other.
     """
     _check(service, body)
-    done: list[Selection] = []
-    try:
-        for prompt in prompts:
-            done.append(await _select_one(service, body, prompt))
-    except BaseException:
-        for selection in done:
+    found = await asyncio.gather(*(_select_one(service, body, prompt) for prompt in prompts), return_exceptions=True)
+    errors = [one for one in found if isinstance(one, BaseException)]
+    selections = [one for one in found if not isinstance(one, BaseException)]
+    if errors:
+        for selection in selections:
             selection.release()
-        raise
-    return done
+        raise errors[0]
+    return selections
 
 
 def model_names(service: Service) -> list[str]:

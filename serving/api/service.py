@@ -11,7 +11,7 @@ from fastapi import Request
 
 from ..config import ServeConfig
 from ..keys import Keys
-from ..metrics import Gauges, Metrics
+from ..metrics import MIX, Gauges, Metrics
 from ..ports import Chooser, Engine, Store
 from .admission import Admission
 
@@ -83,7 +83,7 @@ class Service:
         resident = [one.nbytes for one in adapters if one.state == "memory"]
         queue: dict[str, float] = {}
         for name, waiting in stats.waiting_by_name.items():
-            label = self.metrics.label(name)
+            label = self.metrics.label(MIX if "+" in name else name)
             queue[label] = queue.get(label, 0) + waiting
         return {
             "answers_running": ("Answers in slots", None, {"": stats.running + stats.prefilling}),
