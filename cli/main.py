@@ -455,8 +455,8 @@ def _add_recommend(commands: Commands) -> None:
         type=_count,
         default=0,
         metavar="N",
-        help="judge each adapter by half of the examples after N steps of training on the other half (8 tells much\n"
-        "more; default: 0, as it is)",
+        help="judge each adapter by half of the examples after N steps of training on the other half (8 finds the\n"
+        "best more often; default: 0, as it is)",
     )
     parser.add_argument("--limit", type=_positive, default=20, metavar="N", help="of each search (default: 20)")
     _add_endpoint(parser)

@@ -177,7 +177,7 @@ def recommend(arguments: argparse.Namespace) -> None:
     show_table(f"for {tasks[0].name}, from {used} of its examples (loss: nats per answer token)", head, rows)
     say(_verdict(found, against))
     if not arguments.trial_steps:
-        say("adapters were judged as they are; a short trial of each tells more (--trial-steps 8)")
+        say("adapters were judged as they are; a short trial of each finds the best more often (--trial-steps 8)")
 
 
 def _verdict(found: list[Recommended], against: str) -> str:

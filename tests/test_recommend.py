@@ -119,7 +119,7 @@ def test_an_adapter_of_the_task_itself_comes_first_and_the_command_says_so(
     assert set(names) == {"mia/three/colour", "mia/three/home", "mia/three/sound"}
     assert "for sound, from 16 of its examples" in told
     assert f"{names[0]} " in told.splitlines()[-2]
-    assert "a short trial of each tells more (--trial-steps 8)" in told.splitlines()[-1]
+    assert "a short trial of each finds the best more often (--trial-steps 8)" in told.splitlines()[-1]
     assert main(["recommend", "--task", str(data), "--from", "mia/three", "--trial-steps", "2", *end]) == 0
     told = capsys.readouterr().out
     assert "better than a fresh LoRA by" in told
