@@ -148,7 +148,9 @@ class RemoteStore:
         if pin:
             raise _no_pins()
         if name in self._reserved:
-            raise ServingError("adapter_name_reserved", f"{name!r} stands for something else here; choose another name")
+            raise ServingError(
+                "adapter_name_reserved", f"{name!r} stands for something else here; choose another name", 409
+            )
         found = call(self._replicas.examine.remote(str(source), revision).result)
         info = replace(found, name=name, state="disk", leases=0)
         with self._lock:
