@@ -175,12 +175,13 @@ def recommend(arguments: argparse.Namespace) -> None:
     against = "a fresh LoRA" if arguments.trial_steps else "the base"
     head = ["adapter", "loss", f"better than {against} by", "prompts alike", "measured, %", "first in"]
     show_table(f"for {tasks[0].name}, from {used} of its examples (loss: nats per answer token)", head, rows)
-    say(_verdict(found, against))
+    say(verdict(found, against))
     if not arguments.trial_steps:
         say("adapters were judged as they are; a short trial of each finds the best more often (--trial-steps 8)")
 
 
-def _verdict(found: list[Recommended], against: str) -> str:
+def verdict(found: list[Recommended], against: str) -> str:
+    """What the order comes to, in one sentence."""
     best = found[0]
     if best.helps < _SURE:
         return f"{best.candidate.name} is first, but better than {against} in {best.helps:.0%} of resamples only"

@@ -12,9 +12,10 @@ from torch import nan
 
 from loramux.bases import load_base
 from loramux.cli import main
+from loramux.cli.sharing import verdict
 from loramux.hub.candidates import gather
 from loramux.hub.publish import PublishConfig, plan_publication, publish
-from loramux.hub.recommend import Candidate, Signs, ordered, read_signs, recommend, values
+from loramux.hub.recommend import Candidate, Recommended, Signs, ordered, read_signs, recommend, values
 from loramux.hub.remote import Remote
 from loramux.hub.trial import losses_of, trial_losses
 from loramux.support.errors import AdapterError, ConfigError
@@ -106,6 +107,20 @@ def test_how_sure_it_is_comes_from_resampling_the_examples() -> None:
     signs = Signs(noise, torch.zeros(16), torch.full((2, 16), nan), torch.full((2,), nan))
     assert 0.05 < ordered(candidates(2), signs)[0].first < 0.95
     assert ordered(candidates(2), signs) == ordered(candidates(2), signs)
+
+
+@pytest.mark.parametrize(
+    ("first", "helps", "told"),
+    [
+        (0.97, 1.0, "c0 promises most, and stays first in 97% of resamples of the examples"),
+        (0.6, 1.0, "stays first in 60% of resamples of the examples; more examples would tell more (--shots)"),
+        (0.97, 0.4, "c0 is first, but better than the base in 40% of resamples only"),
+    ],
+)
+def test_the_verdict_says_when_not_to_believe_the_order(first: float, helps: float, told: str) -> None:
+    (candidate,) = candidates(1)
+    best = Recommended(candidate, 1.0, 0.5, 0.1, None, None, first, helps)
+    assert verdict([best], "the base").endswith(told)
 
 
 def test_an_adapter_of_the_task_itself_comes_first_and_the_command_says_so(
