@@ -4,10 +4,12 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,10 @@ from rich.console import Console
 from serving_cases import PROMPT, live_server, stock_text, wait_for, write_loras
 
 from loramux.cli import main
+from loramux.cli.main import build_parser
 from loramux.serving.chat import Conversation, Refused, talk
+from loramux.serving.config import ServeConfig
+from loramux.support.config import to_data
 from loramux.support.errors import ConfigError
 
 KEY = "client-key-0123456789"
@@ -130,6 +135,46 @@ def test_both_commands_explain_themselves(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])
     assert f"examples:\n  loramux {name}" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- what the docs show
+
+
+def shown(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_three_commands_of_the_readme_train_serve_and_call(repository, finished_job):
+    block = next(block for block in shown((repository / "README.md").read_text(), "sh") if "loramux serve" in block)
+    train, serve, curl = (shlex.split(line) for line in block.splitlines())
+    assert build_parser().parse_args(train[1:]).to == build_parser().parse_args(serve[1:]).runs[0]
+    with live_server(runs=[str(finished_job)]) as live:
+        body = json.loads(curl[curl.index("-d") + 1])
+        reply = live.call("POST", urllib.parse.urlsplit(curl[1]).path, json=body)
+    assert reply.status_code == 200
+    assert reply.headers["x-loramux-adapter"] in ("colour", "sound", "home")
+
+
+def test_commands_and_settings_of_the_docs_exist(repository):
+    docs = (repository / "docs" / "serving.md").read_text()
+    lines = [
+        shlex.split(line, comments=True)
+        for block in shown(docs, "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    for words in lines:
+        if words[:1] == ["loramux"]:
+            assert build_parser().parse_args(words[1:]).command == words[1]
+    rows = docs.partition("| key | default | |")[2].partition("\n\n")[0].splitlines()[2:]
+    named: set[str] = set()
+    for row in rows:
+        keys = re.findall(r"`([\w.]+)`", row.split("|")[1])
+        group = keys[0].rpartition(".")[0]
+        named |= {f"{group}.{key}" if group and "." not in key else key for key in keys}
+    settings = to_data(ServeConfig())
+    known = {key for key, value in settings.items() if not isinstance(value, dict)}
+    known |= {f"{group}.{key}" for group in ("limits", "memory") for key in settings[group]}
+    assert named == known
 
 
 # ---------------------------------------------------------------------- chat
