@@ -107,6 +107,16 @@ def test_an_adapter_whose_files_are_gone_harms_nobody(loras, tmp_path):
         assert "adapter_files_gone" not in live.call("GET", "/health").text
 
 
+def test_very_many_adapters_are_not_all_listed_in_a_refusal(loras, tmp_path):
+    for number in range(201):
+        (tmp_path / f"adapter{number}").symlink_to(loras / "red")
+    with live_server(adapters=[str(tmp_path)], roots=[str(loras)]) as live:
+        assert len(live.call("GET", "/v1/models").json()["data"]) == 203
+        reply = live.complete(model="adaptor7").json()["error"]
+        assert reply["message"] == "model 'adaptor7' is not served; GET /v1/models lists the 204 that are"
+        assert text(live, "adapter7") == stock_text(loras / "red")
+
+
 def test_requests_in_flight_finish_on_what_they_began(live, loras):
     load(live, "mine", loras / "red")
     body = {"model": "mine", "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "temperature": 0}

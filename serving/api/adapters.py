@@ -7,9 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from ...support.errors import did_you_mean
 from ..errors import ServingError
-from .errors import shown
+from .errors import nearest, shown
 from .schemas import LoadLora, NewAdapter, OtherAdapter, Pin, UnloadLora
 from .selection import AUTO
 from .service import Service, service_of
@@ -96,7 +95,7 @@ async def pin(name: str, body: Pin, service: Served) -> Response:
 def _find(service: Service, name: str) -> Any:
     listed = {info.name: info for info in service.store.list()}
     if name not in listed:
-        near = did_you_mean(name[:256], listed)
+        near = nearest(name, listed)
         raise ServingError("adapter_not_found", f"no adapter {shown(name)}; {near}", 404)
     return listed[name]
 

@@ -1,7 +1,7 @@
 """Every refusal in the shape that OpenAI's clients read, with a stable code."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
 from fastapi import FastAPI, Request
@@ -15,7 +15,7 @@ from ..errors import ServingError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "route_not_found", 405: "method_not_allowed", 400: "invalid_json"}
-_MAX_SHOWN = 120
+_MAX_SHOWN, _MANY = 120, 200
 
 UNSUPPORTED = frozenset(
     (
@@ -58,6 +58,13 @@ def shown(value: object) -> str:
     """A value from outside as messages repeat it: quoted, and never long."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(str(value))} characters)"
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """What a name that is not served could have been meant to be; where very many are, where to look them up."""
+    if len(known) > _MANY:
+        return f"GET /v1/models lists the {len(known)} that are"
+    return did_you_mean(name[:_MAX_SHOWN], known)
 
 
 def add_error_handlers(app: FastAPI) -> None:

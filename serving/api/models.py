@@ -6,9 +6,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
 
-from ...support.errors import did_you_mean
 from ..errors import ServingError
-from .errors import shown
+from .errors import nearest, shown
 from .selection import AUTO, model_names
 from .service import Service, service_of
 
@@ -27,7 +26,7 @@ async def model(model: str, service: Served) -> Response:
     """One of them."""
     listed = {one["id"]: one for one in _models(service)}
     if model not in listed:
-        near = did_you_mean(model[:256], model_names(service))
+        near = nearest(model, model_names(service))
         raise ServingError("model_not_found", f"model {shown(model)} is not served; {near}", 404)
     return JSONResponse(listed[model])
 

@@ -4,12 +4,11 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...support.errors import did_you_mean
 from ..errors import ServingError
 from ..metrics import MIX
 from ..ports import Chooser, Lease
 from ..request import BASE, Route
-from .errors import shown
+from .errors import nearest, shown
 from .schemas import Generation
 from .service import Service
 
@@ -96,7 +95,7 @@ async def _named(service: Service, name: str) -> Selection:
     except ServingError as error:
         if error.code != "adapter_not_found":
             raise
-        near = did_you_mean(name[:256], model_names(service))
+        near = nearest(name, model_names(service))
         raise ServingError("model_not_found", f"model {shown(name)} is not served; {near}", 404) from None
     return Selection(name, lease.route, lease=lease)
 
