@@ -127,13 +127,13 @@ def _distances(folders: tuple[Path, Path], config: AdapterConfig) -> Iterator[La
 
 def layer_distance(name: str, first: LowRank | None, second: LowRank | None) -> LayerDistance:
     """Compare two updates of one linear without building them; None stands for no update."""
-    norms = [_inner(pair, pair).clamp(min=0).sqrt().item() if pair else 0.0 for pair in (first, second)]
+    own, other = (_inner(pair, pair).clamp(min=0).sqrt().item() if pair else 0.0 for pair in (first, second))
     inner = _inner(first, second).item() if first and second else 0.0
-    largest = max(norms)
-    squared = 0.0 if _are_equal(first, second) else norms[0] ** 2 + norms[1] ** 2 - 2 * inner
+    largest = max(own, other)
+    squared = 0.0 if _are_equal(first, second) else own**2 + other**2 - 2 * inner
     apart = max(squared, 0.0) ** 0.5
-    cosine = inner / (norms[0] * norms[1]) if all(norms) else None
-    return LayerDistance(name, *norms, apart / largest if largest else 0.0, cosine)
+    cosine = inner / (own * other) if own and other else None
+    return LayerDistance(name, own, other, apart / largest if largest else 0.0, cosine)
 
 
 def _inner(first: LowRank, second: LowRank) -> Tensor:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -84,7 +84,9 @@ def verify(text: str | None, trusted: Mapping[str, Ed25519PublicKey], where: str
         trusted[name].verify(signature, _signed_bytes(payload))
     except InvalidSignature:
         raise TrustError(f"{where}: the signature of {name} does not fit; {ATTESTATION} was changed") from None
-    return _statement(payload, name, where) if is_statement else _refuse(where)
+    if not is_statement:
+        _refuse(where)
+    return _statement(payload, name, where)
 
 
 def read_private_key(path: Path) -> Key:
@@ -144,7 +146,7 @@ def _statement(payload: bytes, name: str, where: str) -> Attestation:
         _refuse(where)
 
 
-def _refuse(where: str) -> Any:
+def _refuse(where: str) -> NoReturn:
     raise TrustError(f"{where}/{ATTESTATION}: signed, but not as the publication of a repository")
 
 

@@ -66,7 +66,7 @@ def fresh_lora(base: PreTrainedModel, like: Path, seed: int = 0) -> PeftModel:
     config.inference_mode = False
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(base, config)  # type: ignore[return-value]
+        return get_peft_model(base, config)
 
 
 def fine_tune(model: nn.Module, rows: Sequence[Encoded], pad_id: int, steps: int, rate: float = RATE) -> None:
