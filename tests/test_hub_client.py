@@ -191,7 +191,7 @@ def test_an_adapter_is_known_by_its_config_whatever_its_card_says(local_hub: Run
     assert info.config == {"peft": config}
 
 
-def test_datasets_live_beside_models(local_hub: RunningHub) -> None:
+def test_datasets_live_beside_models(local_hub: RunningHub, tmp_path: Path) -> None:
     client = local_hub.client()
     client.create_repo("someone/same-name", repo_type="dataset")
     client.create_repo("someone/same-name")
@@ -199,15 +199,18 @@ def test_datasets_live_beside_models(local_hub: RunningHub) -> None:
     assert client.list_repo_files("someone/same-name", repo_type="dataset") == ["a.json"]
     assert client.list_repo_files("someone/same-name") == []
     assert "someone/same-name" in {found.id for found in client.list_datasets()}
-    assert Path(client.hf_hub_download("someone/same-name", "a.json", repo_type="dataset")).read_text() == "{}"
+    fetched = client.hf_hub_download("someone/same-name", "a.json", repo_type="dataset", cache_dir=tmp_path)
+    assert Path(fetched).read_text() == "{}"
 
 
-def test_downloads_are_counted_once_for_each_fetch_of_the_config(local_hub: RunningHub, repo: str) -> None:
+def test_downloads_are_counted_once_for_each_fetch_of_the_config(
+    local_hub: RunningHub, repo: str, tmp_path: Path
+) -> None:
     client = local_hub.client()
     for path in ("adapter_config.json", "adapter_model.safetensors"):
         client.upload_file(repo_id=repo, path_or_fileobj=b"{}", path_in_repo=path)
-    client.snapshot_download(repo)
-    client.snapshot_download(repo)  # the second comes from the client's cache
+    for _ in range(2):  # the second comes from the client's cache
+        client.snapshot_download(repo, cache_dir=tmp_path)
     assert client.model_info(repo).downloads == 1
 
 

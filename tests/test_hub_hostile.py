@@ -188,10 +188,13 @@ def test_compressed_bodies_are_not_unpacked(web: httpx.Client) -> None:
         ([b"not json"], 400, "not JSON"),
     ],
 )
-def test_commits_that_make_no_sense(web: httpx.Client, lines: list[bytes], status: int, message: str) -> None:
+def test_commits_that_make_no_sense(
+    web: httpx.Client, hub: RunningHub, lines: list[bytes], status: int, message: str
+) -> None:
     good = json.dumps({"key": "file", "value": {"path": "good.txt", "content": "x"}}).encode()
     answer = web.post(COMMIT, content=b"\n".join([good, *lines]))
     assert (answer.status_code, message in answer.json()["error"]) == (status, True), answer.text
+    assert hub.storage.history.content(sha256(b"x")) is None, "the good file before it is not kept"
 
 
 def test_pull_requests_are_refused_by_name(web: httpx.Client) -> None:
@@ -327,13 +330,20 @@ def test_a_full_disk_is_told_and_leaves_the_last_state(tmp_path: Path) -> None:
                     f"{address}/v1/xorbs/default/{'cd' * 32}", content=xorb(*[bytes(100_000)] * 30), headers=right
                 ),
             ]
-        assert [answer.status_code for answer in answers] == [507] * 3, [answer.text for answer in answers]
-        assert "disk is full" in answers[0].json()["error"]
+        # Xet clients would try again for minutes after a 507.
+        assert [answer.status_code for answer in answers] == [507, 507, 413], [answer.text for answer in answers]
+        assert all("disk is full" in answer.json()["error"] for answer in answers)
         assert not any((hub.storage.root / "incoming").iterdir())
         assert client.list_repo_files(REPO) == ["a.txt"]
         assert web.put(link, content=data).status_code == 200
         assert web.post(COMMIT, content=full).status_code == 200
         assert len(client.list_repo_files(REPO)) == 7
+
+
+def test_files_that_cannot_fit_are_refused_before_they_are_sent(web: httpx.Client) -> None:
+    files = [{"path": "w.bin", "size": 1 << 60, "sample": ""}]
+    answer = web.post(f"/api/models/{REPO}/preupload/main", json={"files": files})
+    assert (answer.status_code, "bytes left, and these files have" in answer.text) == (507, True)
 
 
 def test_pages_of_other_sites_cannot_use_the_browser(web: httpx.Client, hub: RunningHub) -> None:

@@ -28,5 +28,5 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _FULL
 
 
-def disk_full() -> HubError:
-    return HubError(507, "The hub's disk is full: nothing of this request was kept. Free some space and try again.")
+def disk_full(status: int = 507) -> HubError:
+    return HubError(status, "The hub's disk is full: nothing of this request was kept. Free some space and try again.")

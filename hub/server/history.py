@@ -82,12 +82,26 @@ class History:
 
     # Contents
 
-    def add_contents(self, contents: Mapping[str, bytes]) -> None:
-        """Keep small files, by their sha256, in the database. They reach the disk before the commit that names them."""
-        rows = [(sha256, data, now()) for sha256, data in contents.items()]
+    def add_contents(self, contents: Mapping[str, bytes]) -> dict[str, str]:
+        """Keep small files, by their sha256, in the database. They reach the disk before the commit that names them.
+
+        Returns:
+            when each was added, for `forget_contents`.
+        """
+        added = dict.fromkeys(contents, now())
         with self._database.write(durable=False) as connection:
             connection.executemany(
-                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET at = excluded.at", rows
+                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET at = excluded.at",
+                [(sha256, contents[sha256], at) for sha256, at in added.items()],
+            )
+        return added
+
+    def forget_contents(self, added: Mapping[str, str]) -> None:
+        """Drop small files that nothing names, unless somebody has added them again since."""
+        with self._database.write(durable=False) as connection:
+            connection.executemany(
+                "DELETE FROM contents WHERE sha256 = ? AND at = ? AND sha256 NOT IN (SELECT sha256 FROM repo_files)",
+                added.items(),
             )
 
     def content(self, sha256: str) -> bytes | None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import secrets
+import shutil
 from pathlib import Path
 
 from ...support.errors import RunError
@@ -45,6 +46,9 @@ class Storage:
             connection.execute("INSERT OR IGNORE INTO settings VALUES ('secret', ?)", (secrets.token_hex(32),))
             row = connection.execute("SELECT value FROM settings WHERE name = 'secret'").fetchone()
         return bytes.fromhex(row["value"])
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.root).free
 
     def close(self) -> None:
         self.database.close()

@@ -6,7 +6,9 @@ import binascii
 import hashlib
 import re
 import secrets
+import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
@@ -14,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .errors import HubError
-from .history import Add, Delete, Entry
+from .history import Add, Delete, Entry, History
 from .names import check_path
 from .repos import Repo
 from .routing import Call, parse_json, read_lines, route, stream_route
@@ -30,12 +32,16 @@ def choose_modes(call: Call) -> Response:
     repo = call.hub.storage.repos.find_for_writing(call.repo_id, call.caller)
     history = call.hub.storage.history
     tree = history.tree(repo.key, history.resolve(repo.key, call.arguments["revision"]))
-    told = []
+    told, large = [], 0
     for file in call.field("files", list):
         path, size = _text(file, "path"), _integer(file, "size")
         check_path(path)
         mode = "lfs" if size > call.hub.policy.inline_bytes else "regular"
+        large += size if mode == "lfs" else 0
         told.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": _known(tree.get(path), mode)})
+    free = call.hub.storage.free_bytes()
+    if large > free:  # told before anything is sent
+        raise HubError(507, f"The hub's disk has {free} bytes left, and these files have {large}: nothing was kept.")
     return JSONResponse({"files": told})
 
 
@@ -52,16 +58,13 @@ async def commit(call: Call) -> Response:
     if call.flag("create_pr") or call.request.query_params.get("create_pr") == "1":
         raise HubError(400, "This hub has no pull requests: commit to a branch instead.")
     repo = await run_in_threadpool(call.hub.storage.repos.find_for_writing, call.repo_id, call.caller)
-    header: dict[str, Any] = {}
-    changes: list[Add | Delete] = []
-    async for kind, value in _operations(call):
-        if kind == "header":
-            header = value
-        else:
-            changes.append(_change(kind, value))
-        if len(changes) > _MAX_CHANGES:
-            raise HubError(413, f"A commit may have {_MAX_CHANGES} changes: split it.")
-    commit_id = await run_in_threadpool(_apply, call, repo, header, changes)
+    small = _SmallFiles(call.hub.storage.history)
+    try:
+        header, changes = await _read_commit(call, small)
+        commit_id = await run_in_threadpool(_apply, call, repo, header, changes)
+    except BaseException:
+        await small.forget()
+        raise
     address = f"{call.base}{repo.id.page}"
     told = {"success": True, "commitOid": commit_id, "commitUrl": f"{address}/commit/{commit_id}", "hookOutput": ""}
     return JSONResponse(told)
@@ -80,27 +83,55 @@ def _apply(call: Call, repo: Repo, header: dict[str, Any], changes: list[Add | D
     )
 
 
-async def _operations(call: Call) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    """The operations of a commit; the content of small files is in the database, and its hash in its place."""
-    history, limit = call.hub.storage.history, call.hub.policy.inline_bytes
-    waiting: dict[str, bytes] = {}
-    async for line in read_lines(call.request, limit * 4 // 3 + (64 << 10)):
+class _SmallFiles:
+    """The small files of one commit on their way into the database, a few megabytes at a time."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._waiting: dict[str, bytes] = {}
+        self._kept: dict[str, str] = {}
+        self._size = 0
+
+    async def add(self, data: bytes) -> str:
+        """Take a file in; returns its sha256."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._waiting[sha256] = data
+        self._size += len(data)
+        if self._size > _KEPT_AT_ONCE:
+            await self.flush()
+        return sha256
+
+    async def flush(self) -> None:
+        self._kept |= await run_in_threadpool(self._history.add_contents, self._waiting)
+        self._waiting, self._size = {}, 0
+
+    async def forget(self) -> None:
+        """Give the room back: the commit failed. On a full disk that may fail too; `loramux hub clean` does it then."""
+        with suppress(sqlite3.OperationalError):
+            await run_in_threadpool(self._history.forget_contents, self._kept)
+
+
+async def _read_commit(call: Call, small: _SmallFiles) -> tuple[dict[str, Any], list[Add | Delete]]:
+    """The header and the changes of a commit; the contents of small files are in the database then."""
+    header: dict[str, Any] = {}
+    changes: list[Add | Delete] = []
+    async for line in read_lines(call.request, call.hub.policy.inline_bytes * 4 // 3 + (64 << 10)):
         if not line.strip():
             continue
         operation = parse_json(line)
         kind, value = _text(operation, "key"), operation.get("value")
         if not isinstance(value, dict):
             raise HubError(400, f"The value of {kind[:50]!r} is not an object.")
-        if kind == "file":
-            data = _content(value)
-            sha256 = hashlib.sha256(data).hexdigest()
-            waiting[sha256] = data
-            value = {"path": value.get("path"), "sha256": sha256}
-        if sum(map(len, waiting.values())) > _KEPT_AT_ONCE:
-            await run_in_threadpool(history.add_contents, waiting)
-            waiting = {}
-        yield kind, value
-    await run_in_threadpool(history.add_contents, waiting)
+        if kind == "header":
+            header = value
+        elif kind == "file":
+            changes.append(Add(_text(value, "path"), await small.add(_content(value)), is_lfs=False))
+        else:
+            changes.append(_change(kind, value))
+        if len(changes) > _MAX_CHANGES:
+            raise HubError(413, f"A commit may have {_MAX_CHANGES} changes: split it.")
+    await small.flush()
+    return header, changes
 
 
 def _content(value: dict[str, Any]) -> bytes:
@@ -115,8 +146,6 @@ def _content(value: dict[str, Any]) -> bytes:
 
 def _change(kind: str, value: dict[str, Any]) -> Add | Delete:
     path = _text(value, "path")
-    if kind == "file":
-        return Add(path, value["sha256"], is_lfs=False)
     if kind == "lfsFile":
         return Add(path, _sha256(value), is_lfs=True)
     if kind in ("deletedFile", "deletedFolder"):

@@ -1,10 +1,14 @@
 """Large files by Xet, which newer clients use without asking whether a hub has it."""
 
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from .errors import disk_full, is_disk_full
 from .files import Incoming
 from .routing import Call, route, stream_route
 from .upload_routes import receive
@@ -31,7 +35,7 @@ def write_token(call: Call) -> Response:
 @stream_route("POST", _CAS + "/xorbs/default/{sha256}", has_own_rights=True)
 async def put_xorb(call: Call) -> Response:
     _check_token(call)
-    with call.hub.storage.files.receive() as incoming:
+    with _no_retries(), call.hub.storage.files.receive() as incoming:
         await receive(call.request, incoming, MAX_XORB)
         session, name = call.arguments["session"], call.arguments["sha256"]
         is_new = await run_in_threadpool(call.hub.xet.add_xorb, session, name, incoming)
@@ -41,10 +45,19 @@ async def put_xorb(call: Call) -> Response:
 @stream_route("POST", _CAS + "/shards", has_own_rights=True)
 async def put_shard(call: Call) -> Response:
     user = _check_token(call)
-    with call.hub.storage.files.receive() as incoming:
+    with _no_retries(), call.hub.storage.files.receive() as incoming:
         await receive(call.request, incoming, MAX_SHARD)
         await run_in_threadpool(_ingest, call, incoming, user)
     return JSONResponse({"result": 1})
+
+
+@contextmanager
+def _no_retries() -> Iterator[None]:
+    """Tell of a full disk by 413: Xet clients try again for minutes after any 5xx, and say nothing meanwhile."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        raise disk_full(413) if is_disk_full(error) else error from None
 
 
 def _ingest(call: Call, shard: Incoming, user: str) -> None:
