@@ -207,8 +207,8 @@ def test_downloads_are_counted_once_for_each_fetch_of_the_config(
     local_hub: RunningHub, repo: str, tmp_path: Path
 ) -> None:
     client = local_hub.client()
-    for path in ("adapter_config.json", "adapter_model.safetensors"):
-        client.upload_file(repo_id=repo, path_or_fileobj=b"{}", path_in_repo=path)
+    for path in ("adapter_config.json", "adapter_model.safetensors"):  # clients fetch equal contents once
+        client.upload_file(repo_id=repo, path_or_fileobj=path.encode(), path_in_repo=path)
     for _ in range(2):  # the second comes from the client's cache
         client.snapshot_download(repo, cache_dir=tmp_path)
     assert client.model_info(repo).downloads == 1

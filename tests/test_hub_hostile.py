@@ -346,6 +346,24 @@ def test_files_that_cannot_fit_are_refused_before_they_are_sent(web: httpx.Clien
     assert (answer.status_code, "bytes left, and these files have" in answer.text) == (507, True)
 
 
+def test_uploads_that_were_given_up_are_swept_up_in_time(hub: RunningHub) -> None:
+    storage, xet = hub.storage, hub.hub.xet
+    partial = storage.root / "incoming" / "given-up.parts"
+    session = storage.root / "xorbs" / "given-up"
+    partial.touch()
+    session.mkdir()
+    storage.files.sweep(60)
+    xet.sweep(60)
+    assert partial.exists()
+    assert session.exists()
+    for path in (partial, session):
+        os.utime(path, (0, 0))
+    storage.files.sweep(60)
+    xet.sweep(60)
+    assert not partial.exists()
+    assert not session.exists()
+
+
 def test_pages_of_other_sites_cannot_use_the_browser(web: httpx.Client, hub: RunningHub) -> None:
     body = {"name": "planted", "organization": "someone"}
     answer = web.post("/api/repos/create", json=body, headers={"Origin": "https://evil.example"})

@@ -122,7 +122,8 @@ class Hub:
         while True:
             await asyncio.sleep(_SWEEP_EVERY_S)
             for sweep in (self.storage.files.sweep, self.xet.sweep):
-                await run_in_threadpool(sweep, self.policy.link_seconds)
+                with contextlib.suppress(OSError):  # what vanishes meanwhile was finished meanwhile
+                    await run_in_threadpool(sweep, self.policy.link_seconds)
 
 
 def _token(request: Request) -> str | None:

@@ -36,9 +36,10 @@ def choose_modes(call: Call) -> Response:
     for file in call.field("files", list):
         path, size = _text(file, "path"), _integer(file, "size")
         check_path(path)
-        mode = "lfs" if size > call.hub.policy.inline_bytes else "regular"
-        large += size if mode == "lfs" else 0
-        told.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": _known(tree.get(path), mode)})
+        mode, there = "lfs" if size > call.hub.policy.inline_bytes else "regular", tree.get(path)
+        if mode == "lfs" and (there is None or there.size != size):  # of the same size, it is likely the same file
+            large += size
+        told.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": _known(there, mode)})
     free = call.hub.storage.free_bytes()
     if large > free:  # told before anything is sent
         raise HubError(507, f"The hub's disk has {free} bytes left, and these files have {large}: nothing was kept.")
@@ -55,7 +56,7 @@ def _known(entry: Entry | None, mode: str) -> str | None:
 @stream_route("POST", "/api/{type}/{repo}/commit/{revision}")
 async def commit(call: Call) -> Response:
     """One commit out of lines of JSON: a header, small files, the names of large ones, deletions."""
-    if call.flag("create_pr") or call.request.query_params.get("create_pr") == "1":
+    if call.flag("create_pr"):
         raise HubError(400, "This hub has no pull requests: commit to a branch instead.")
     repo = await run_in_threadpool(call.hub.storage.repos.find_for_writing, call.repo_id, call.caller)
     small = _SmallFiles(call.hub.storage.history)
