@@ -9,6 +9,7 @@ a part, beside the same traffic on one adapter; and the time of bringing an adap
 """
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -16,7 +17,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +28,8 @@ from serving_steps import VOCABULARY, base, peft_mixed, random_factors
 
 from loramux.adapters import LowRank
 from loramux.serving.engine import Engine, EngineOptions
-from loramux.serving.request import Chunk, Request, Route, Sampling
+from loramux.serving.generations import Lease
+from loramux.serving.request import Chunk, Event, Request, Route, Sampling
 from loramux.serving.slots import RowAdapters, layout_of
 from loramux.serving.store import AdapterStore, StoreLimits
 from loramux.serving.threads import compute_on_one_thread
@@ -49,36 +50,46 @@ def prompt(seed: int) -> list[int]:
     return torch.randint(3, VOCABULARY, (PROMPT,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def ask(engine: Engine, route: Route, seed: int) -> None:
-    done = threading.Event()
-    sampling = Sampling(max_tokens=NEW, temperature=0.0, ignore_eos=True)
-    engine.submit(
-        Request(prompt(seed), sampling, route, lambda e: None if isinstance(e, Chunk) else done.set(), streams=False)
-    )
-    done.wait()
+class Clients:
+    """Eight clients that each ask again as soon as they have their answer, without threads of their own.
 
+    Args:
+        choose: gives what answers request `number`: a route, or the lease of one.
+    """
 
-def clients(engine: Engine, choose: Callable[[int], Any], requests: int) -> float:
-    """Tokens per second of eight clients that ask one after the other; `choose(number)` gives a leased route."""
-    numbers = iter(range(CLIENTS * requests))
-    lock = threading.Lock()
+    def __init__(self, engine: Engine, choose: Callable[[int], Route | Lease], requests: int) -> None:
+        self._engine, self._choose, self._total = engine, choose, requests
+        self._numbers = itertools.count()
+        self._prompts = [prompt(number) for number in range(requests)]
+        self._left = requests
+        self._done = threading.Event()
 
-    def client() -> None:
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
+    def tokens_per_second(self) -> float:
+        start = time.perf_counter()
+        for _ in range(CLIENTS):
+            self._ask()
+        self._done.wait()
+        return self._total * NEW / (time.perf_counter() - start)
+
+    def _ask(self) -> None:
+        number = next(self._numbers)
+        if number >= self._total:
+            return
+        chosen = self._choose(number)
+        route = chosen.route if isinstance(chosen, Lease) else chosen
+
+        def take(event: Event) -> None:
+            if isinstance(event, Chunk):
                 return
-            with choose(number) as leased:
-                ask(engine, getattr(leased, "route", leased), number)
+            if isinstance(chosen, Lease):
+                chosen.release()
+            self._left -= 1
+            if not self._left:
+                self._done.set()
+            self._ask()
 
-    threads = [threading.Thread(target=client) for _ in range(CLIENTS)]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return CLIENTS * requests * NEW / (time.perf_counter() - start)
+        sampling = Sampling(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+        self._engine.submit(Request(self._prompts[number], sampling, route, take, streams=False))
 
 
 def ours(dtype: torch.dtype) -> Callable[[], float]:
@@ -89,7 +100,7 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     engine.start()
     loras = [layout.pack(random_factors(model, seed), dtype) for seed in range(CLIENTS)]
     routes = [Route(f"a{seed}", f"a{seed}", ((lora, 1.0),)) for seed, lora in enumerate(loras)]
-    return lambda: clients(engine, lambda number: nullcontext(routes[number % CLIENTS]), 1)
+    return lambda: Clients(engine, lambda number: routes[number], CLIENTS).tokens_per_second()
 
 
 def peft_batch(dtype: torch.dtype) -> Callable[[], float]:
@@ -206,13 +217,13 @@ def zipf(dtype: torch.dtype, adapters: int, held_bytes: int, requests: int) -> d
         draw = random.Random(0)
         weights = [1 / (rank + 1) for rank in range(adapters)]
         traffic = draw.choices(range(adapters), weights, k=2 * CLIENTS * requests)
-        clients(engine, lambda n: store.lease("a0"), 1)
+        per_round = CLIENTS * requests
+        Clients(engine, lambda number: store.lease("a0"), CLIENTS).tokens_per_second()
         one, many = [], []
-        for half in range(2):
-            one.append(clients(engine, lambda n: store.lease("a0"), requests))
-            many.append(
-                clients(engine, lambda n, h=half: store.lease(f"a{traffic[h * CLIENTS * requests + n]}"), requests)
-            )
+        for start in range(0, 2 * per_round, per_round):
+            names = [f"a{number}" for number in traffic[start : start + per_round]]
+            one.append(Clients(engine, lambda number: store.lease("a0"), per_round).tokens_per_second())
+            many.append(Clients(engine, lambda n, names=names: store.lease(names[n]), per_round).tokens_per_second())
     engine.stop()
     return {
         "seconds to register": registered,

@@ -56,8 +56,11 @@ class Runner:
         """Leave the model as it was."""
         self._slots.remove()
 
-    def new_adapters(self) -> RowAdapters:
-        return RowAdapters(self.layout, self.model.dtype, self.model.device)
+    def new_adapters(self, *, few_tokens: bool) -> RowAdapters:
+        """For batches of one token a row, or of many. A CPU multiplies a few rows in half precision more slowly than
+        in float32."""
+        device, dtype = self.model.device, self.model.dtype
+        return RowAdapters(self.layout, torch.float32 if few_tokens and device.type == "cpu" else dtype, device)
 
     def forward(self, tokens: list[list[int]], timeline: KvTimeline, batch: "Batch") -> Tensor:
         """Logits `(rows, vocabulary)` at the last of the tokens `(rows, columns)`."""
@@ -82,11 +85,13 @@ class Runner:
 class Batch:
     """Rows with one timeline."""
 
+    decodes = True
+
     def __init__(self, runner: Runner, timeline: KvTimeline | None = None) -> None:
         self._runner = runner
         self.rows: list[Row] = []
         self.timeline = timeline or KvTimeline(runner.layers)
-        self.adapters = runner.new_adapters()
+        self.adapters = runner.new_adapters(few_tokens=self.decodes)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,6 +129,8 @@ class Prefill(Batch):
         kept: what is known of each row's prompt already.
         chunk: columns to read at a time.
     """
+
+    decodes = False
 
     def __init__(self, runner: Runner, rows: list[Row], kept: list[KeysAndValues | None], chunk: int) -> None:
         end = max(len(row.tokens) for row in rows)

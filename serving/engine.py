@@ -31,6 +31,7 @@ from .text import TextStream
 
 _log = logging.getLogger(__name__)
 _UNLIMITED = 1 << 20
+_COMPANY_S = 0.002  # after idling: requests that come together are read together
 _SHUTTING_DOWN = "the server is shutting down"
 
 
@@ -213,6 +214,7 @@ class Engine:
                 if self._stopping:
                     return False
                 self._wake.wait()
+                self._wake.wait_for(lambda: self._stopping, _COMPANY_S)
         return True
 
     def _take_arrivals(self) -> None:

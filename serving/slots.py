@@ -67,6 +67,9 @@ class RowAdapters:
     """What the adapters of a batch's rows add, ready to be multiplied.
 
     Rows are kept in the order of the batch; `add` and `remove` keep step with its cache.
+
+    Args:
+        dtype: that the products are made in; the linears may have another one.
     """
 
     def __init__(self, layout: FactorLayout, dtype: torch.dtype, device: torch.device) -> None:
@@ -146,13 +149,17 @@ class _Operands:
         hidden = self._hidden[..., index * self._rank : (index + 1) * self._rank]
         if index == len(self._ups) - 1:
             self._input = self._hidden = None
+        up = self._ups[index]
         if self._one_for_all:
-            output.view(-1, output.shape[-1]).addmm_(hidden, self._ups[index][0])
+            hidden, up = hidden[None], up[:1]
+        if output.dtype == up.dtype:
+            output.view(len(hidden), -1, output.shape[-1]).baddbmm_(hidden, up)
         else:
-            output.view(len(hidden), -1, output.shape[-1]).baddbmm_(hidden, self._ups[index])
+            output += torch.bmm(hidden, up).view_as(output).to(output.dtype)
         return output
 
     def _shrunk(self, x: Tensor) -> Tensor:
+        x = x.to(self._down.dtype)
         if self._one_for_all:
             return x.reshape(-1, x.shape[-1]) @ self._down[0]
         return torch.bmm(x.reshape(len(self._down), -1, x.shape[-1]), self._down)
