@@ -89,7 +89,10 @@ def served_run(folder: Path) -> ServedRun:
     adapters = run_adapters(folder)
     notes = [f"task {task!r} has no adapter: {reason}" for task, reason in adapters.missing.items()]
     if not adapters.folders:
-        notes.append(f"{folder}: no exports; `loramux export {folder} --all --to {adapters.root}` makes them")
+        notes.append(
+            f"{folder}: no exports; `loramux export {folder} --all --to {adapters.root}` makes them, and --adapters "
+            "serves the LoRAs that an imported run was made of"
+        )
     tasks = _tasks(RunFolder(folder), notes)
     run = load_run(folder, tasks=tasks)
     hub: LoramuxModel = run.model.base_model  # type: ignore[assignment]

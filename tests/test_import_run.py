@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from loramux.cli import main
 from loramux.cli.main import build_parser
-from loramux.serve import CompletionRequest, Engine
+from loramux.serving.config import ServeConfig
+from loramux.serving.launch import open_service
+from loramux.support.config import parse
 from loramux.support.errors import AdapterError, ConfigError, LoramuxError, RunError
 from loramux.support.identity import BaseIdentity
 from loramux.training.assess import encode_tasks
@@ -149,10 +151,13 @@ def test_the_folder_can_be_evaluated_and_its_tasks_leave_as_they_came(places, lo
 def test_without_tasks_it_is_served_and_the_rest_says_what_is_missing(places, loras, tmp_path) -> None:
     import_run(recipe_for(loras, places, tasks=False), tmp_path / "hub")
     run = load_run(tmp_path / "hub")
-    engine = Engine(run)
-    assert engine.names == ["auto", *TASKS, "base"]
-    answer = engine.complete(CompletionRequest(model="sound", prompt="sound of the cat", max_tokens=2, temperature=0))
-    assert answer["choices"][0]["adapter"] == "sound"
+    settings = {"runs": [str(tmp_path / "hub")], "adapters": [str(loras["sound"].parent)]}
+    service, engine = open_service(parse(ServeConfig, settings, where="settings"), {})
+    engine.start()
+    assert {info.name for info in service.store.list()} == set(TASKS)
+    assert service.chooser.choose(run.tokenizer("sound of the cat")["input_ids"]).adapter in TASKS
+    engine.stop()
+    service.close()
     with pytest.raises(
         RunError, match=r"hub: imported without tasks, so .* --tasks FILE, or name the file in its recipe"
     ):
