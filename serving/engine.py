@@ -25,7 +25,7 @@ from .grammar import GrammarCompiler
 from .kv_timeline import check_cache
 from .mixtures import Mixtures
 from .prefixes import Prefixes
-from .request import Chunk, Failed, Finished, FinishReason, Request, TokenChoice
+from .request import Chunk, Event, Failed, Finished, FinishReason, Request, TokenChoice
 from .sampling import Choices, RowSampler, choose
 from .text import TextStream
 
@@ -228,7 +228,7 @@ class Engine:
         if waiting:
             self._waiting.remove(set(waiting))
         for request, reason in waiting.items():
-            request.emit(Finished(reason, len(request.prompt), 0, queued_s=now - request.arrived))
+            self._tell(request, Finished(reason, len(request.prompt), 0, queued_s=now - request.arrived))
         for batch in filter(None, (self._reading, self._running)):
             for number in reversed(range(len(batch))):
                 reason = self._unwanted(batch.rows[number].request, now)
@@ -247,6 +247,8 @@ class Engine:
         if not self._to_embed:
             return
         prompts, future = self._to_embed.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             longest = max(len(prompt) for prompt in prompts)
             mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
@@ -302,7 +304,7 @@ class Engine:
         try:
             grammar = self._grammars.compile(sampling.schema) if sampling.schema is not None else None
         except Exception as error:
-            request.emit(Failed("invalid_schema", str(error)))
+            self._tell(request, Failed("invalid_schema", str(error)))
             return None
         text = TextStream(self.tokenizer, sampling.stop, streams=request.streams)
         return Row(request, RowSampler(sampling, grammar, self._model.device), text, list(request.prompt))
@@ -328,8 +330,8 @@ class Engine:
     def _advance(self, row: Row, number: int, choices: Choices) -> bool:
         """Give a row its next token; whether that was its last."""
         if number in choices.broken:
-            row.request.emit(
-                Failed("not_finite", f"adapter {row.request.route.name!r} made values that are not finite")
+            self._tell(
+                row.request, Failed("not_finite", f"adapter {row.request.route.name!r} made values that are not finite")
             )
             return True
         self._tokens += 1
@@ -339,7 +341,7 @@ class Engine:
         text = row.text.add(token)
         reported = self._reported(token, choices.logprobs.get(number))
         if row.request.streams and (text or reported):
-            row.request.emit(Chunk(text, reported))
+            self._tell(row.request, Chunk(text, reported))
         elif text or reported:
             row.unsent.append(Chunk(text, reported))
         grammar = row.sampler.grammar
@@ -366,10 +368,11 @@ class Engine:
         whole = [*row.unsent, Chunk(rest)]
         if rest or row.unsent:
             tokens = tuple(token for chunk in whole for token in chunk.tokens)
-            row.request.emit(Chunk("".join(chunk.text for chunk in whole), tokens))
+            self._tell(row.request, Chunk("".join(chunk.text for chunk in whole), tokens))
         now = time.monotonic()
         decoding = row.decoding or now
-        row.request.emit(
+        self._tell(
+            row.request,
             Finished(
                 reason,
                 prompt_tokens=len(row.request.prompt),
@@ -378,14 +381,22 @@ class Engine:
                 queued_s=row.began - row.request.arrived,
                 prefill_s=decoding - row.began,
                 decode_s=now - decoding,
-            )
+            ),
         )
+
+    def _tell(self, request: Request, event: Event) -> None:
+        """Whoever cannot take events harms nobody else."""
+        try:
+            request.emit(event)
+        except Exception:
+            _log.exception("the events of a request are not taken")
+            request.cancel()
 
     def _fail(self, rows: Iterable[Row], error: Exception) -> None:
         _log.exception("a step failed")
         failure = _engine_error(error)
         for row in rows:
-            row.request.emit(Failed(failure.code, str(failure)))
+            self._tell(row.request, Failed(failure.code, str(failure)))
 
 
 def _engine_error(error: Exception) -> ServingError:

@@ -16,7 +16,7 @@ from loramux.adapters import LoramuxConfig
 from loramux.serving.engine import Engine, EngineOptions
 from loramux.serving.errors import ServingError
 from loramux.serving.mixtures import Mixtures
-from loramux.serving.request import BASE, Failed, Finished, Route, Sampling
+from loramux.serving.request import BASE, Failed, Finished, Request, Route, Sampling
 from loramux.serving.slots import layout_of
 from loramux.support.errors import ConfigError
 
@@ -308,6 +308,23 @@ def test_embeddings_are_the_mean_hidden_state_of_the_base(engine, tiny, routes):
         with torch.inference_mode():
             wanted = tiny[0].model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
         assert torch.allclose(vector, wanted, atol=1e-5)
+    assert busy.last.completion_tokens == 50
+
+
+def test_who_cannot_take_events_harms_nobody_else(engine):
+    def refuse(event: object) -> None:
+        raise RuntimeError("nobody is here")
+
+    engine.submit(Request([5], GREEDY, BASE, refuse))
+    assert isinstance(Answer(engine, [5]).last, Finished)
+    assert engine.is_alive
+
+
+def test_nobody_minds_an_embedding_that_is_not_wanted_any_more(engine):
+    busy = Answer(engine, [5], replace(GREEDY, max_tokens=50, ignore_eos=True))
+    unwanted = [engine.embed([[5, 6]]) for _ in range(8)]
+    assert any([future.cancel() for future in unwanted])
+    assert engine.embed([[5, 6]]).result(30).shape[0] == 1
     assert busy.last.completion_tokens == 50
 
 
