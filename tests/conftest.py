@@ -128,3 +128,11 @@ def local_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator["RunningHub"
     with running_hub(tmp_path_factory.mktemp("hub")) as running, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield running
+
+
+@pytest.fixture
+def beside_the_base(finished_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base's public name is a folder here, so that it is found without a network."""
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "somebody" / "tiny-base").symlink_to(finished_job.parent / "base")
+    monkeypatch.chdir(tmp_path)

@@ -25,13 +25,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 EMBEDDINGS = "model.embed_tokens.weight"
 
-
-@pytest.fixture(autouse=True)
-def beside_the_base(finished_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base's public name is a folder here, so that it is found without a network."""
-    (tmp_path / "somebody").mkdir()
-    (tmp_path / "somebody" / "tiny-base").symlink_to(finished_job.parent / "base")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("beside_the_base")
 
 
 @pytest.fixture(scope="module")
