@@ -96,7 +96,8 @@ def test_somebody_else_loads_a_task_with_stock_peft_in_a_process_without_loramux
     ).eval()
     with torch.no_grad():
         expected = here(input_ids=torch.arange(3, 13)[None]).logits
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    # Nearly: the two processes may compute on different numbers of threads.
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, atol=1e-5, rtol=0)
 
 
 def test_the_same_again_makes_no_commit(local_hub: RunningHub, published: list[Change], finished_job: Path) -> None:

@@ -12,7 +12,12 @@ from .service import Service, service_of
 
 public, router = APIRouter(), APIRouter()
 Served = Annotated[Service, Depends(service_of)]
-_PAGE = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_PAGE = {
+    "page.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 
 
 @public.get("/health")
