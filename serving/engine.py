@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..adapters.prompt import pool_prompt, text_config
 from .batch import Batch, Prefill, Row, Runner
-from .errors import ServingError
+from .errors import ServingError, is_out_of_memory
 from .factors import FactorLayout
 from .fair_queue import FairQueue
 from .grammar import GrammarCompiler
@@ -105,7 +105,6 @@ class Engine:
         check_cache(model)
         self.options = options or EngineOptions()
         self.tokenizer = tokenizer
-        self.mixtures = mixtures
         self._model = model
         self._runner = Runner(model, layout, mixtures)
         self._grammars = GrammarCompiler(tokenizer, int(text_config(model).vocab_size))
@@ -261,30 +260,46 @@ class Engine:
             future.set_exception(_engine_error(error))
 
     def _read_prompts(self) -> None:
-        if self._reading is None:
-            rows = self._next_rows()
-            if not rows:
-                return
-            kept = [self._prefixes.find(row.request.route.weights, row.tokens) for row in rows]
-            self._reading = Prefill(self._runner, rows, kept, self.options.prefill_chunk)
-        reading = self._reading
+        rows = self._next_rows() if self._reading is None else self._reading.rows
+        if not rows:
+            return
         try:
-            logits = reading.step()
+            if self._reading is None:
+                self._reading = self._new_reading(rows)
+            logits = self._reading.step()
             if logits is None:
                 return
-            choices = choose(logits, [row.sampler for row in reading.rows])
+            choices = choose(logits, [row.sampler for row in rows])
         except Exception as error:
             self._reading = None
-            self._fail(reading.rows, error)
+            self._fail(rows, error)
             return
-        self._reading = None
+        reading, self._reading = self._reading, None
         now = time.monotonic()
-        for number, row in enumerate(reading.rows):
+        for number, row in enumerate(rows):
             row.decoding = now
             if not self._advance(row, number, choices):
-                self._running.join(reading, number)
+                self._join(reading, number)
             elif number not in choices.broken:
-                self._prefixes.keep(row.request.route.weights, row.tokens, reading.timeline.read(number))
+                self._keep(reading, number)
+
+    def _new_reading(self, rows: list[Row]) -> Prefill:
+        kept = [self._prefixes.find(row.request.route.weights, row.tokens) for row in rows]
+        return Prefill(self._runner, rows, kept, self.options.prefill_chunk)
+
+    def _join(self, reading: Prefill, number: int) -> None:
+        try:
+            self._running.join(reading, number)
+        except Exception as error:
+            self._fail_running(error, reading.rows[number])
+
+    def _keep(self, batch: Batch, number: int) -> None:
+        """Keep what was read of a row that ends, where there is memory for it."""
+        row = batch.rows[number]
+        try:
+            self._prefixes.keep(row.request.route.weights, row.tokens, batch.timeline.read(number))
+        except Exception:
+            _log.exception("a prefix of %d tokens is not kept", len(row.tokens))
 
     def _next_rows(self) -> list[Row]:
         """Requests that may join now, in the queue's order, as many as can be read together."""
@@ -316,15 +331,13 @@ class Engine:
         try:
             choices = choose(running.decode(), [row.sampler for row in running.rows])
         except Exception as error:
-            self._running = Batch(self._runner)
-            self._fail(running.rows, error)
+            self._fail_running(error)
             return
         self._steps += 1
         for number in reversed(range(len(running))):
-            row = running.rows[number]
-            if self._advance(row, number, choices):
+            if self._advance(running.rows[number], number, choices):
                 if number not in choices.broken:
-                    self._prefixes.keep(row.request.route.weights, row.tokens, running.timeline.read(number))
+                    self._keep(running, number)
                 running.remove(number)
 
     def _advance(self, row: Row, number: int, choices: Choices) -> bool:
@@ -392,6 +405,11 @@ class Engine:
             _log.exception("the events of a request are not taken")
             request.cancel()
 
+    def _fail_running(self, error: Exception, *joining: Row) -> None:
+        """Give up a batch that cannot be trusted any more."""
+        given_up, self._running = self._running, Batch(self._runner)
+        self._fail({*given_up.rows, *joining}, error)
+
     def _fail(self, rows: Iterable[Row], error: Exception) -> None:
         _log.exception("a step failed")
         failure = _engine_error(error)
@@ -400,7 +418,7 @@ class Engine:
 
 
 def _engine_error(error: Exception) -> ServingError:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return ServingError("out_of_memory", "the server ran out of memory for this request", 503)
     return ServingError("engine_error", "the model failed on this request; the server's log says why", 500)
 

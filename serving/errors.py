@@ -15,3 +15,8 @@ class ServingError(LoramuxError):
     def __init__(self, code: str, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.code, self.message, self.status = code, message, status
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a machine had no memory left; torch says so of the CPU in words alone."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..adapters.lora_folder import WEIGHTS, AnotherBase, LoraPlan, LoraReader, PlainLora, TooLarge
 from ..support.errors import AdapterError
-from .errors import ServingError
+from .errors import ServingError, is_out_of_memory
 from .factors import FactorLayout, PackedLora
 from .generations import Generation
 from .sources import Found
@@ -133,7 +133,7 @@ def _with_codes(found: Found) -> Iterator[None]:
             "adapter_files_gone", f"{found.origin}: its files cannot be read ({error.strerror})", 503
         ) from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise ServingError(
             "out_of_memory", f"{found.origin}: this machine has no memory left for it; try again later", 503

@@ -43,18 +43,18 @@ class Prefixes:
         if count < _SHORTEST or size > self._limit:
             return
         known = np.asarray(tokens[:count])
-        key = weights, known.tobytes()
-        self._drop(key)
-        for other in [k for k, (t, _, _) in self._kept.items() if k[0] == weights and _common(t, known) == len(t)]:
-            self._drop(other)  # the longer one says all that this one said
-        self._kept[key] = known, [(keys.clone(), values.clone()) for keys, values in pairs], size
+        shared = {k: (_common(t, known), len(t)) for k, (t, _, _) in self._kept.items() if k[0] == weights}
+        if any(same == count for same, _ in shared.values()):
+            return  # a longer one says all that this one does
+        for other in [k for k, (same, length) in shared.items() if same == length]:
+            self._drop(other)
+        self._kept[weights, known.tobytes()] = known, [(keys.clone(), values.clone()) for keys, values in pairs], size
         self.nbytes += size
         while self.nbytes > self._limit:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, key: tuple[str, bytes]) -> None:
-        if key in self._kept:
-            self.nbytes -= self._kept.pop(key)[2]
+        self.nbytes -= self._kept.pop(key)[2]
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:

@@ -70,12 +70,15 @@ class RowAdapters:
 
     Args:
         dtype: that the products are made in; the linears may have another one.
+
+    Attributes:
+        rank: that the products have for all rows, whose own may be lower.
     """
 
     def __init__(self, layout: FactorLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout, self._dtype, self._device = layout, dtype, device
         self._routes: list[Route] = []
-        self._rank = 0
+        self.rank = 0
         self._vectors: Tensor | None = None
         self._operands: list[_Operands | None] | None = None
 
@@ -83,8 +86,8 @@ class RowAdapters:
         row = len(self._routes)
         self._routes.append(route)
         self._operands = None
-        if route.rank > self._rank or (self._vectors is not None and row >= len(self._vectors)):
-            self._make_room(max(self._rank, route.rank), 2 * row + 1)
+        if route.rank > self.rank or (self._vectors is not None and row >= len(self._vectors)):
+            self._make_room(max(self.rank, route.rank), 2 * row + 1)
         elif self._vectors is not None:
             self._write(row)
 
@@ -105,24 +108,27 @@ class RowAdapters:
         return self._operands
 
     def _make_room(self, rank: int, rows: int) -> None:
-        self._rank = rank
+        self.rank = rank
         self._vectors = torch.empty(rows, rank * self._layout.width, dtype=self._dtype, device=self._device)
         for row in range(len(self._routes)):
             self._write(row)
 
     def _write(self, row: int) -> None:
         assert self._vectors is not None
-        combine(self._layout, self._routes[row].parts, self._rank, self._vectors[row])
+        combine(self._layout, self._routes[row].parts, self.rank, self._vectors[row])
 
     def _prepare(self) -> list["_Operands | None"]:
         touched = {group for route in self._routes for lora, _ in route.parts for group in lora.groups}
         if self._vectors is None or not touched:
             return [None] * len(self._layout.groups)
+        needed = max(route.rank for route in self._routes)
+        if 2 * needed <= self.rank:  # a wide adapter has left; all others would go on paying for it
+            self._make_room(needed, len(self._routes))
         one_for_all = len({route.weights for route in self._routes}) == 1
         vectors = self._vectors[:1] if one_for_all else self._vectors[: len(self._routes)]
-        views = enumerate(self._layout.views(vectors, self._rank))
+        views = enumerate(self._layout.views(vectors, self.rank))
         return [
-            _Operands(downs.flatten(1, 2).transpose(1, 2), ups, self._rank) if number in touched else None
+            _Operands(downs.flatten(1, 2).transpose(1, 2), ups, self.rank) if number in touched else None
             for number, (_, downs, ups) in views
         ]
 

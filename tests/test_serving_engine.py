@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MambaFor
 from loramux.adapters import LoramuxConfig
 from loramux.serving.engine import Engine, EngineOptions
 from loramux.serving.errors import ServingError
+from loramux.serving.factors import PackedLora
+from loramux.serving.kv_timeline import KvTimeline
 from loramux.serving.mixtures import Mixtures
 from loramux.serving.request import BASE, Failed, Finished, Request, Route, Sampling
 from loramux.serving.slots import layout_of
@@ -309,6 +311,28 @@ def test_embeddings_are_the_mean_hidden_state_of_the_base(engine, tiny, routes):
             wanted = tiny[0].model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
         assert torch.allclose(vector, wanted, atol=1e-5)
     assert busy.last.completion_tokens == 50
+
+
+def test_an_adapter_that_cannot_be_laid_out_fails_alone(engine, tiny, folders, routes):
+    prompt = some_prompts(1)[0]
+    wrong = PackedLora(4, torch.zeros(3), frozenset({0}))
+    others = [Answer(engine, prompt, REPORTING, routes[0]) for _ in range(4)]
+    time.sleep(0.05)
+    assert Answer(engine, prompt, GREEDY, route("wrong", (wrong, 1.0))).last.code == "engine_error"
+    wanted = stock_answer(tiny[0], folders[0], prompt)
+    assert [answer.tokens for answer in others] == [wanted] * 4
+    assert Answer(engine, prompt, REPORTING, routes[0]).tokens == wanted
+
+
+def test_a_batch_that_has_no_memory_to_grow_fails_whole_and_the_engine_goes_on(engine, monkeypatch):
+    def full(self: KvTimeline, other: KvTimeline, row: int) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KvTimeline, "join", full)
+        answers = [Answer(engine, [5]) for _ in range(3)]
+        assert {answer.last.code for answer in answers} == {"out_of_memory"}
+    assert isinstance(Answer(engine, [5]).last, Finished)
 
 
 def test_who_cannot_take_events_harms_nobody_else(engine):

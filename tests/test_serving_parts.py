@@ -93,6 +93,19 @@ def test_gathered_rows_keep_step_with_joins_and_leaves(moves):
                 assert torch.allclose(output[row], wanted, atol=1e-4)
 
 
+def test_a_wide_adapter_that_left_costs_the_others_nothing():
+    def route(name: str, rank: int) -> Route:
+        return Route(name, name, ((LAYOUT.pack({"q": random_pair("q", rank)}, torch.float32), 1.0),))
+
+    rows = RowAdapters(LAYOUT, torch.float32, torch.device("cpu"))
+    for name, rank in (("a", 2), ("wide", 64), ("b", 2)):
+        rows.add(route(name, rank))
+    assert rows.rank == 64
+    rows.remove(1)
+    rows.operands()
+    assert rows.rank == 2
+
+
 # ---------------------------------------------------------------------- keys and values
 
 
@@ -203,6 +216,15 @@ def test_a_late_name_goes_before_a_crowd_and_cannot_save_up_its_share():
     order = [queue.pop() for _ in range(6)]
     assert order.index("late0") <= 1
     assert order.index("late2") > 3
+
+
+def test_what_a_longer_prefix_says_is_not_kept_again():
+    pairs = [(torch.zeros(1, 20, 1), torch.zeros(1, 20, 1))]
+    kept = Prefixes(limit_bytes=10_000)
+    kept.keep("w", list(range(20)), pairs)
+    before = kept.nbytes
+    kept.keep("w", list(range(12)), [(keys[:, :12], values[:, :12]) for keys, values in pairs])
+    assert kept.nbytes == before
 
 
 def test_removed_items_do_not_come_out():
