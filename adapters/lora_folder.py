@@ -25,7 +25,7 @@ from peft.tuners.lora import Linear as StockLinear
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from pydantic import Field, FiniteFloat
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -197,6 +197,16 @@ class LoraReader:
         _weights_file(folder)
         return LoraPlan(folder, linears, named, hashlib.sha256(raw).hexdigest())
 
+    def check_whole(self, plan: LoraPlan) -> None:
+        """Compare the size of the weights file with what its header announces; no weights are read.
+
+        Raises:
+            AdapterError: it is cut short or no safetensors file.
+        """
+        path = _weights_file(plan.folder)
+        with _whole(path), safe_open(path, "pt"):
+            pass
+
     def read(self, plan: LoraPlan) -> PlainLora:
         """Read the weights of a plan. The file is read whole before it is looked at: one that is cut short meanwhile
         would otherwise end the process.
@@ -207,10 +217,8 @@ class LoraReader:
         """
         path = _weights_file(plan.folder)
         raw = self._read_file(path, plan)
-        try:
+        with _whole(path):
             saved = load(raw)
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise AdapterError(f"{path}: not a whole safetensors file ({_short(str(error))})") from None
         _check_tensors(path, saved, plan.linears, self._base)
         factors = {name: _folded(path, saved, name, linear.scale) for name, linear in plan.linears.items()}
         return PlainLora(factors, plan.base, hashlib.sha256(raw).hexdigest())
@@ -374,6 +382,14 @@ def _weights_file(folder: Path) -> Path:
             f"trust it and save it again, which writes {WEIGHTS}"
         )
     raise AdapterError(f"{folder}: no {WEIGHTS} in it")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise AdapterError(f"{path}: not a whole safetensors file ({_short(str(error))})") from None
 
 
 def _check_tensors(path: Path, saved: Mapping[str, Tensor], linears: Mapping[str, LinearPlan], base: nn.Module) -> None:

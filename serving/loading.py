@@ -42,13 +42,16 @@ class AdapterLoader:
         self._reader = LoraReader(base, base_names=base_names, most_bytes=most_bytes)
 
     def check(self, found: Found) -> Generation:
-        """What the config promises; no weights are read.
+        """What the config promises and the header of the weights file; no weights are read.
 
         Raises:
             ServingError: it cannot be served: `adapter_invalid`, `adapter_of_another_base`, `adapter_too_large`,
                 `rank_limit_exceeded`, `adapter_path_forbidden`, `adapter_files_gone`.
         """
-        return self._generation(found, self._plan(found))
+        plan = self._plan(found)
+        with _with_codes(found):
+            self._reader.check_whole(plan)
+        return self._generation(found, plan)
 
     def load(self, found: Found) -> tuple[Generation, PackedLora]:
         """Read an adapter whole.

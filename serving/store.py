@@ -177,7 +177,7 @@ class AdapterStore:
         return self.load(name, source, revision=revision, expected_generation=expected_generation, prompts=prompts)
 
     def register(self, name: str, folder: Path, prompts: Sequence[str] = ()) -> AdapterInfo:
-        """Serve an adapter that stays on disk until it is asked for; of its weights nothing is read yet.
+        """Serve an adapter that stays on disk until it is asked for; of its weights only the header is read.
 
         Raises:
             ServingError: as `load`.

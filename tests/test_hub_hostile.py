@@ -17,6 +17,7 @@ from loramux.hub.server import HubError, Policy, Storage
 from loramux.hub.server.links import Links
 from loramux.hub.server.metadata import CardError, card_metadata
 from loramux.hub.server.names import check_path, check_reference, repo_id
+from loramux.support.errors import RunError
 
 REPO = "someone/target"
 COMMIT = f"/api/models/{REPO}/commit/main"
@@ -405,14 +406,20 @@ def test_names_by_themselves() -> None:
 
 
 def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
-    from loramux.support.errors import RunError
-
     first, second = Storage(tmp_path), Storage(tmp_path)
     first.lock()
     with pytest.raises(RunError, match="another `loramux hub serve` has this folder"):
         second.lock()
     first.close()
     second.close()
+
+
+def test_a_file_is_no_place_for_a_hub(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RunError, match="a file lies there; a hub needs a folder of its own"):
+            Storage(root)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_sending_again_what_is_there_costs_nothing(hub: RunningHub, web: httpx.Client) -> None:

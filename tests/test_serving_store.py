@@ -591,12 +591,15 @@ def test_no_memory_left_is_a_refusal_and_harms_nobody(root: Path) -> None:
 def test_a_folder_of_adapters_is_served_by_their_names_and_bad_ones_are_told(root: Path, store: AdapterStore) -> None:
     configure(root / "c", peft_type="IA3")
     (root / "d").rename(root / "not a name")
+    (root / "b" / WEIGHTS).write_bytes((root / "b" / WEIGHTS).read_bytes()[:1000])
     refused = store.scan(root)
     assert {name: error.code for name, error in refused.items()} == {
+        "b": "adapter_invalid",
         "c": "adapter_invalid",
         "not a name": "adapter_name_invalid",
     }
-    assert states(store) == dict.fromkeys(["a", "b", "narrow", "wide"], "disk")
+    assert "not a whole safetensors file" in refused["b"].message
+    assert states(store) == dict.fromkeys(["a", "narrow", "wide"], "disk")
     assert store.scan(root)["a"].code == "adapter_exists"
     for name in states(store):
         store.lease(name).release()

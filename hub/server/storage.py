@@ -14,10 +14,17 @@ from .repos import Repos
 
 
 class Storage:
-    """The folder of a hub, for any number of processes; only one of them may `serve` it."""
+    """The folder of a hub, for any number of processes; only one of them may `serve` it.
+
+    Raises:
+        RunError: there is a file where the folder should be.
+    """
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except (FileExistsError, NotADirectoryError):
+            raise RunError(f"{root}: a file lies there; a hub needs a folder of its own") from None
         self.root = root
         self.database = Database(root / "hub.sqlite")
         self.files = Files(root)
