@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine_cases import GREEDY, Answer, generated, packed, route, save_lora, stock_answer, tiny_base
 from peft import PeftModel, get_peft_model
+from serving_cases import wait_for
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MambaForCausalLM, MistralConfig, Qwen2Config
 
 from loramux.adapters import LoramuxConfig
@@ -313,15 +314,15 @@ def test_embeddings_are_the_mean_hidden_state_of_the_base(engine, tiny, routes):
     assert busy.last.completion_tokens == 50
 
 
-def test_an_adapter_that_cannot_be_laid_out_fails_alone(engine, tiny, folders, routes):
-    prompt = some_prompts(1)[0]
+def test_an_adapter_that_cannot_be_laid_out_harms_none_that_are_being_decoded(engine, routes):
+    endless = replace(REPORTING, max_tokens=100, ignore_eos=True)
+    wanted = Answer(engine, [5], endless, routes[0]).tokens
     wrong = PackedLora(4, torch.zeros(3), frozenset({0}))
-    others = [Answer(engine, prompt, REPORTING, routes[0]) for _ in range(4)]
-    time.sleep(0.05)
-    assert Answer(engine, prompt, GREEDY, route("wrong", (wrong, 1.0))).last.code == "engine_error"
-    wanted = stock_answer(tiny[0], folders[0], prompt)
+    others = [Answer(engine, [5], endless, routes[0]) for _ in range(4)]
+    wait_for(lambda: engine.stats().running == len(others))
+    assert Answer(engine, [5], GREEDY, route("wrong", (wrong, 1.0))).last.code == "engine_error"
     assert [answer.tokens for answer in others] == [wanted] * 4
-    assert Answer(engine, prompt, REPORTING, routes[0]).tokens == wanted
+    assert Answer(engine, [5], endless, routes[0]).tokens == wanted
 
 
 def test_a_batch_that_has_no_memory_to_grow_fails_whole_and_the_engine_goes_on(engine, monkeypatch):
