@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 from ..support.console import say, show_table
 from ..support.errors import RunError
@@ -62,7 +63,10 @@ def _add_mirror(commands: Commands) -> None:
     parser.add_argument("--repo", metavar="OWNER/NAME", help="only this repo")
     for side in ("source", "target"):
         parser.add_argument(
-            f"--{side}-token-file", type=Path, metavar="FILE", help=f"a file with a token for the {side} hub"
+            f"--{side}-token-file",
+            type=Path,
+            metavar="FILE",
+            help=f"holds a token for the {side} hub; no other is sent",
         )
 
 
@@ -152,12 +156,11 @@ def _list_orgs(arguments: argparse.Namespace) -> None:
 
 
 def _mirror(arguments: argparse.Namespace) -> None:
-    from huggingface_hub import HfApi
+    from ..hub.mirror import mirror
+    from ..hub.remote import Remote
 
-    from ..hub.server.mirror import mirror
-
-    source = HfApi(arguments.source, token=_token(arguments.source_token_file))
-    target = HfApi(arguments.target, token=_token(arguments.target_token_file))
+    source = Remote(arguments.source, _token(arguments.source_token_file))
+    target = Remote(arguments.target, _token(arguments.target_token_file))
     done = mirror(source, target, author=arguments.author, only=arguments.repo)
     say(f"{done.repos} repos looked at, {done.commits} commits made at {arguments.target}")
     if done.failed:
@@ -165,9 +168,12 @@ def _mirror(arguments: argparse.Namespace) -> None:
         raise RunError(f"not copied: {names}; the same command goes on where it stopped")
 
 
-def _token(file: Path | None) -> str | None:
-    """A token is no argument: other users of a machine see the arguments of its programs."""
-    return file.read_text(encoding="utf-8").strip() if file else None
+def _token(file: Path | None) -> str | Literal[False]:
+    """A token is no argument: other users of a machine see the arguments of its programs.
+
+    Without a file there is none: the one that the user is logged in with may be for neither of the two hubs.
+    """
+    return file.read_text(encoding="utf-8").strip() if file else False
 
 
 def _clean(arguments: argparse.Namespace) -> None:

@@ -112,7 +112,7 @@ def _held(
     folder: str, repository: str, commit: Commit, remote: Remote, scores: Mapping[str, Mapping[str, float]]
 ) -> Held:
     path = str(PurePosixPath(folder) / CONFIG)
-    config = read_adapter_config(remote.fetch(repository, commit, path))
+    config = read_adapter_config(remote.fetch_text(repository, commit, path))
     weights = commit.files.get(str(PurePosixPath(folder) / WEIGHTS))
     return Held(folder, config, weights.size if weights else 0, scores.get(folder, {}))
 

@@ -1,7 +1,7 @@
 """Publishing: what a run or a folder of exports holds goes to a hub, each repository in one commit or not at all."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from .leaks import Examples, Kind, find_leaks, refuse_leaks
 from .manifest import MANIFEST, make_manifest, read_manifest
 from .remote import Commit, Remote, check_name, sha256_of, size_of
 from .signing import ATTESTATION, Key, attest
-from .source import MIXTURE, Source, read_source
+from .source import MIXTURE, REPORT, Source, read_source
 
 State = Literal["new", "changed", "unchanged", "removed"]
 
@@ -115,21 +115,23 @@ def publish(change: Change, remote: Remote, *, private: bool = False) -> str | N
         The address of the commit; None where nothing had changed.
 
     Raises:
-        RemoteError: the hub refuses, or somebody else has changed the repository since.
+        RemoteError: the hub refuses, or somebody else has made or changed the repository since.
     """
     if change.is_empty:
         return None
     with remote.talking(change.repository):
-        if change.parent is None:
-            remote.api.create_repo(change.repository, private=private, exist_ok=True)
+        parent = change.parent
+        if parent is None:
+            remote.api.create_repo(change.repository, private=private)
+            parent = remote.api.model_info(change.repository).sha
         if not change.branch_exists:
-            remote.api.create_branch(change.repository, branch=change.revision, exist_ok=True)
+            remote.api.create_branch(change.repository, branch=change.revision, revision=parent)
         done = remote.api.create_commit(
             change.repository,
             _operations(change.entries),
             commit_message=f"Publish with loramux {__version__}",
             revision=change.revision,
-            parent_commit=change.parent,
+            parent_commit=parent,
         )
     return done.commit_url
 
@@ -179,21 +181,31 @@ def _state(path: str, content: Path | bytes, before: Commit | None) -> State:
 
 def _files(source: Source, repository: str, key: Key | None) -> dict[str, Path | bytes]:
     """Everything but the card, by its path in the repository."""
-    files: dict[str, Path | bytes] = dict(source.files)
     in_folders = len(source.adapters) > 1 or source.mixture is not None
     folders = [adapter.task if in_folders else "" for adapter in source.adapters]
-    for adapter, folder in zip(source.adapters, folders, strict=True):
-        for name, content in adapter.files.items():
-            files[f"{folder}/{name}".lstrip("/")] = content.encode() if isinstance(content, str) else content
-    if source.mixture is not None:
-        files |= {f"{MIXTURE}/{name}": source.mixture / name for name in (CONFIG, WEIGHTS)}
-    if source.recipe:
-        files["recipe.yaml"] = source.recipe.encode()
+    files: dict[str, Path | bytes] = {}
+    for path, content in _contents(source, folders):
+        if path in files:
+            raise ConfigError(
+                f"{source.place}: two different files would be {path} in {repository}; give each adapter a name of its "
+                f"own (`task` in its {REPORT}), other than {MIXTURE!r} beside a mixture, or publish them one by one"
+            )
+        files[path] = content.encode() if isinstance(content, str) else content
     files[MANIFEST] = _json(to_data(make_manifest(source, folders, files)))
     if key is not None:
         hashes = {path: sha256_of(content) for path, content in files.items()}
         files[ATTESTATION] = _json(attest(hashes, repository, _origin(source), key))
     return files
+
+
+def _contents(source: Source, folders: list[str]) -> Iterator[tuple[str, Path | str]]:
+    yield from source.files.items()
+    for adapter, folder in zip(source.adapters, folders, strict=True):
+        yield from ((f"{folder}/{name}".lstrip("/"), content) for name, content in adapter.files.items())
+    if source.mixture is not None:
+        yield from ((f"{MIXTURE}/{name}", source.mixture / name) for name in (CONFIG, WEIGHTS))
+    if source.recipe:
+        yield "recipe.yaml", source.recipe
 
 
 def _origin(source: Source) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -24,7 +25,7 @@ from ..support.errors import ConfigError, RemoteError
 
 LARGEST_TEXT = 64 << 20
 """Bytes: no card, figures or config is larger."""
-_PRECONDITION_FAILED = 412
+_MEANWHILE = (409, 412)  # it is there already; it is not at the commit that was named
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class Remote:
 
     Args:
         endpoint: its address; None takes HF_ENDPOINT, or huggingface.co.
+        token: None takes the one that the client knows (HF_TOKEN, `hf auth login`), False none.
     """
 
-    def __init__(self, endpoint: str | None = None) -> None:
+    def __init__(self, endpoint: str | None = None, token: str | Literal[False] | None = None) -> None:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.api = HfApi(endpoint=self.endpoint, library_name="loramux", library_version=__version__)
+        self.api = HfApi(endpoint=self.endpoint, token=token, library_name="loramux", library_version=__version__)
 
     def commit(self, repository: str, revision: str | None = None) -> Commit:
         """What a repository holds at a branch, a tag or a commit.
@@ -102,9 +104,17 @@ class Remote:
         """
         if path not in commit.files:
             return None
+        return self.fetch_text(repository, commit, path).read_text(encoding="utf-8", errors="replace")
+
+    def fetch_text(self, repository: str, commit: Commit, path: str) -> Path:
+        """A text file of a commit, in the cache.
+
+        Raises:
+            RemoteError: it is too large for one, or cannot be fetched.
+        """
         if (size := commit.files[path].size) > LARGEST_TEXT:
             raise RemoteError(f"{repository}/{path}: {size} bytes; {LARGEST_TEXT} are the most that is read of a text")
-        return self.fetch(repository, commit, path).read_text(encoding="utf-8", errors="replace")
+        return self.fetch(repository, commit, path)
 
     def fetch(self, repository: str, commit: Commit, path: str) -> Path:
         """A file of a commit, in the cache."""
@@ -118,7 +128,7 @@ class Remote:
         Raises:
             RemoteError: whatever the client raises.
         """
-        named = f"{repository}@{revision}" if revision else repository
+        named = f"{repository}@{revision}" if revision else repository or "the list of repositories"
         try:
             yield
         except RevisionNotFoundError:
@@ -129,20 +139,20 @@ class Remote:
                 "(`hf auth login`, or the environment variable HF_TOKEN)"
             ) from None
         except EntryNotFoundError as error:
-            raise RemoteError(f"{named}: {_first_line(error)}") from None
+            raise RemoteError(f"{named}: {first_line(error)}") from None
         except HfHubHTTPError as error:
-            if error.response.status_code == _PRECONDITION_FAILED:
+            if error.response.status_code in _MEANWHILE:
                 raise RemoteError(
                     f"{named}: somebody else changed it meanwhile, so nothing was; do the same again (what was sent "
                     "already is not sent twice)"
                 ) from None
-            raise RemoteError(f"{named}: {self.endpoint} says: {_first_line(error)}") from None
+            raise RemoteError(f"{named}: {self.endpoint} says: {first_line(error)}") from None
         except OfflineModeIsEnabled:
             raise RemoteError(f"{named}: HF_HUB_OFFLINE is set, so no hub is asked; unset it") from None
         except (HTTPError, ConnectionError, TimeoutError) as error:
-            raise RemoteError(f"{self.endpoint} cannot be reached ({_first_line(error)}); is it running?") from None
+            raise RemoteError(f"{self.endpoint} cannot be reached ({first_line(error)}); is it running?") from None
         except RuntimeError as error:  # what the library that sends large files raises
-            raise RemoteError(f"{named}: {self.endpoint} did not take it ({_first_line(error)}); try again") from None
+            raise RemoteError(f"{named}: {self.endpoint} did not take it ({first_line(error)}); try again") from None
 
 
 def check_name(repository: str) -> str:
@@ -154,7 +164,7 @@ def check_name(repository: str) -> str:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"{repository!r}: {_first_line(error)}") from None
+        raise ConfigError(f"{repository!r}: {first_line(error)}") from None
     if repository.count("/") != 1:
         raise ConfigError(f"{repository!r}: write it as owner/name")
     return repository
@@ -175,6 +185,7 @@ def sha256_of(content: Path | bytes) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """How an error's message begins, or else what kind of error it is."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__

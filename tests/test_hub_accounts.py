@@ -1,4 +1,4 @@
-"""Who may do what on a hub with tokens; `loramux hub` on the command line; copies of hubs."""
+"""Who may do what on a hub with tokens; `loramux hub` on the command line."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_cases import RunningHub, running_hub
-from huggingface_hub import CommitOperationDelete, HfApi
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from loramux.cli import main
@@ -17,8 +17,7 @@ from loramux.hub.server import HubError, Storage, serve
 from loramux.hub.server.accounts import Accounts
 from loramux.hub.server.clean import clean
 from loramux.hub.server.database import Database
-from loramux.hub.server.mirror import mirror
-from loramux.support.errors import ConfigError, RunError
+from loramux.support.errors import ConfigError
 
 
 class Team:
@@ -184,51 +183,3 @@ def test_cleaning_frees_what_no_commit_names(tmp_path: Path) -> None:
         assert (cleaned.files, cleaned.size) == (2, 1_200_006)
         kept = Path(client.snapshot_download("a/stays", cache_dir=tmp_path / "cache"))
         assert {path.name for path in kept.iterdir()} == {"large.bin", "small.txt"}
-
-
-def test_a_mirror_has_the_same_history_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    with running_hub(tmp_path / "one") as one, running_hub(tmp_path / "two") as two:
-        source, target = one.client(), two.client()
-        source.create_repo("mia/adapter", private=True)
-        source.create_repo("mia/data", repo_type="dataset")
-        source.upload_file(repo_id="mia/data", repo_type="dataset", path_or_fileobj=b"{}", path_in_repo="a.json")
-        put(source, "mia/adapter", "first.txt")
-        source.upload_file(repo_id="mia/adapter", path_or_fileobj=os.urandom(1_200_000), path_in_repo="w.safetensors")
-        source.create_tag("mia/adapter", tag="v1")
-        source.create_branch("mia/adapter", branch="trial")
-        source.upload_file(repo_id="mia/adapter", path_or_fileobj=b"t", path_in_repo="t.txt", revision="trial")
-        source.create_commit("mia/adapter", [CommitOperationDelete("first.txt")], commit_message="remove")
-
-        assert mirror(source, target).commits == 5
-        assert mirror(source, target).commits == 0
-        assert _state(target) == _state(source)
-        assert target.list_repo_files("mia/data", repo_type="dataset") == ["a.json"]
-        assert target.model_info("mia/adapter").private
-
-        put(source, "mia/adapter", "second.txt")
-        done = mirror(source, target, only="mia/adapter", author="mia")
-        assert (done.repos, done.commits, done.failed) == (1, 1, {})
-        assert _state(target) == _state(source)
-
-
-def _state(client: HfApi) -> dict[str, object]:
-    """Files by hash and titles of each revision."""
-    return {
-        revision: (
-            {(file.path, file.blob_id) for file in client.list_repo_tree("mia/adapter", revision=revision)},
-            [commit.title for commit in client.list_repo_commits("mia/adapter", revision=revision)],
-        )
-        for revision in ("main", "v1", "trial")
-    }
-
-
-def test_a_mirror_tells_what_it_could_not_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with running_hub(tmp_path / "one") as one, running_hub(tmp_path / "two") as two:
-        one.client().create_repo("mia/adapter")
-        two.storage.accounts.create_token("bob")
-        assert main(["hub", "mirror", one.url, two.url]) == 2
-        assert "not copied: mia/adapter; the same command goes on" in capsys.readouterr().err
-        with pytest.raises(RunError, match="no repo 'mia/other' that this token may see"):
-            mirror(one.client(), two.client(), only="mia/other")
-        with pytest.raises(RunError, match="its repos cannot be listed"):
-            mirror(two.client("hf_wrong"), one.client())

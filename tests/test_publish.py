@@ -1,5 +1,6 @@
 """Publishing to a hub: what is sent, that it is one commit or none, and what is refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from loramux.cli import main
 from loramux.hub.leaks import Examples, find_leaks, refuse_leaks
 from loramux.hub.publish import Change, PublishConfig, plan_publication, publish
 from loramux.hub.remote import Remote
+from loramux.hub.server import Storage
 from loramux.support.errors import ConfigError, LeakFound, RemoteError
 
 FILES = {
@@ -142,16 +144,59 @@ def test_a_commit_by_somebody_else_meanwhile_is_not_overwritten(local_hub: Runni
     assert {entry.path for entry in again.sent} == {"metrics.jsonl", "loramux.json"}
 
 
+def test_a_repository_that_somebody_else_makes_meanwhile_is_not_overwritten(
+    local_hub: RunningHub, finished_job: Path
+) -> None:
+    remote, api = Remote(local_hub.url), local_hub.client()
+    (change,) = plan_publication(finished_job / "exports" / "home", "mia/raced", PublishConfig(private=True), remote)
+    api.create_repo("mia/raced")
+    api.create_commit("mia/raced", [CommitOperationAdd("README.md", b"theirs")], commit_message="theirs")
+    with pytest.raises(RemoteError, match="mia/raced: somebody else changed it meanwhile, so nothing was"):
+        publish(change, remote, private=True)
+    assert set(api.list_repo_files("mia/raced")) == {"README.md"}
+    assert not api.model_info("mia/raced").private
+
+
+def test_a_branch_that_somebody_else_makes_meanwhile_is_not_overwritten(
+    local_hub: RunningHub, finished_job: Path
+) -> None:
+    put(finished_job / "exports" / "home", "mia/raced-branch", local_hub)
+    remote, api = Remote(local_hub.url), local_hub.client()
+    sound = finished_job / "exports" / "sound"
+    (change,) = plan_publication(sound, "mia/raced-branch", PublishConfig(revision="trial"), remote)
+    api.create_branch("mia/raced-branch", branch="trial")
+    with pytest.raises(RemoteError, match="mia/raced-branch: somebody else changed it meanwhile"):
+        publish(change, remote)
+    (change,) = plan_publication(sound, "mia/raced-branch", PublishConfig(revision="other"), remote)
+    api.create_commit("mia/raced-branch", [CommitOperationAdd("x.txt", b"x")], commit_message="theirs")
+    publish(change, remote)  # starts from the commit it was planned for
+    assert "x.txt" not in api.list_repo_files("mia/raced-branch", revision="other")
+
+
+def test_adapters_that_would_be_each_others_files_are_refused(
+    local_hub: RunningHub, finished_job: Path, copy: Path, tmp_path: Path
+) -> None:
+    for name in ("v1", "v2"):
+        shutil.copytree(finished_job / "exports" / "home", tmp_path / "versions" / name)
+    remote = Remote(local_hub.url)
+    for split in (False, True):
+        with pytest.raises(ConfigError, match=r"two different files would be home/adapter_config.json in mia/twice"):
+            plan_publication(tmp_path / "versions", "mia/twice", PublishConfig(split=split), remote)
+    report = copy / "exports" / "home" / "export.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"task": "mixture"}))
+    with pytest.raises(ConfigError, match=r"two different files would be mixture/adapter_config.json in mia/twice"):
+        plan_publication(copy, "mia/twice", PublishConfig(), remote)
+
+
 def test_an_upload_that_breaks_off_leaves_nothing_and_the_next_one_completes(
     local_hub: RunningHub, finished_job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = Remote(local_hub.url)
-    (change,) = plan_publication(finished_job, "mia/broken", PublishConfig(), remote)
-
     for error, told in (
         (ConnectionError("the line went dead"), r"cannot be reached \(the line went dead\); is it running"),
         (RuntimeError("a shard is missing"), r"did not take it \(a shard is missing\); try again"),
     ):
+        (change,) = plan_publication(finished_job, "mia/broken", PublishConfig(), remote)
         with monkeypatch.context() as patch:
             patch.setattr("huggingface_hub._commit_api._send_commit", Mock(side_effect=error))
             with pytest.raises(RemoteError, match=told):
@@ -294,6 +339,13 @@ def test_known_shapes_are_found_with_their_line(kind: str, text: str) -> None:
 )
 def test_what_is_no_leak(text: str) -> None:
     assert find_leaks({"a.txt": text.encode()}, Examples((), ())) == []
+
+
+def test_tokens_of_ones_own_hub_are_found(local_hub: RunningHub, tmp_path: Path) -> None:
+    with contextlib.closing(Storage(tmp_path)) as storage:
+        for _ in range(8):
+            text = storage.accounts.create_token("mia").encode()
+            assert [leak.kind for leak in find_leaks({"a.txt": text}, Examples((), ()))] == ["token"]
 
 
 def test_headers_of_weights_are_looked_at(tmp_path: Path) -> None:

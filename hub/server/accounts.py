@@ -96,7 +96,7 @@ class Accounts:
             ConfigError: the name is an organisation's.
         """
         check_namespace(user)
-        identity, secret = secrets.token_hex(4), secrets.token_urlsafe(24)
+        identity, secret = secrets.token_hex(4), secrets.token_hex(24)
         expires = now(lifetime) if lifetime else None
         role: Role = "read" if read_only else "write"
         with self._database.write() as connection:
