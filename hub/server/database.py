@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...support.errors import RunError
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
@@ -91,6 +93,7 @@ CREATE TABLE IF NOT EXISTS uploads (
     PRIMARY KEY (sha256, user)
 ) WITHOUT ROWID;
 """
+_VERSION = 1  # of the schema; folders from before there were versions have 0, and the same schema
 _BUSY_S = 30.0
 
 
@@ -99,6 +102,9 @@ class Database:
 
     `read` and `write` lend connections; a `write` inside a `write` of the same thread joins it. Other processes, such
     as `loramux hub token`, may write too: SQLite itself lets them wait for each other.
+
+    Raises:
+        RunError: the file has a schema of another version.
     """
 
     def __init__(self, file: Path) -> None:
@@ -106,8 +112,18 @@ class Database:
         self._idle: deque[sqlite3.Connection] = deque()
         self._lock = threading.RLock()
         self._writer = self._connect()
+        self._refuse_unknown_versions()
         self._writer.execute("PRAGMA journal_mode = WAL")
-        self._writer.executescript(_SCHEMA)
+        self._writer.executescript(f"{_SCHEMA}PRAGMA user_version = {_VERSION};")
+
+    def _refuse_unknown_versions(self) -> None:
+        (found,) = self._writer.execute("PRAGMA user_version").fetchone()
+        if found not in (0, _VERSION):
+            self._writer.close()
+            raise RunError(
+                f"{self._file}: a hub of version {found}; this loramux knows versions up to {_VERSION}: use the one "
+                "that made it, or a newer one"
+            )
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._file, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)

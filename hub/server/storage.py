@@ -4,6 +4,7 @@ import fcntl
 import secrets
 import shutil
 from pathlib import Path
+from typing import IO
 
 from ...support.errors import RunError
 from .accounts import Accounts
@@ -17,7 +18,7 @@ class Storage:
     """The folder of a hub, for any number of processes; only one of them may `serve` it.
 
     Raises:
-        RunError: there is a file where the folder should be.
+        RunError: there is a file where the folder should be, or a hub of another version.
     """
 
     def __init__(self, root: Path) -> None:
@@ -26,6 +27,7 @@ class Storage:
         except (FileExistsError, NotADirectoryError):
             raise RunError(f"{root}: a file lies there; a hub needs a folder of its own") from None
         self.root = root
+        self._lock: IO[str] | None = None
         self.database = Database(root / "hub.sqlite")
         self.files = Files(root)
         self.accounts = Accounts(self.database)
@@ -59,5 +61,5 @@ class Storage:
 
     def close(self) -> None:
         self.database.close()
-        if hasattr(self, "_lock"):
+        if self._lock is not None:
             self._lock.close()
