@@ -10,6 +10,8 @@ import yaml
 
 _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*$", re.DOTALL | re.MULTILINE)
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # text with one cannot be sent: it has no UTF-8
+_MAX_BITS = 64  # of a number that the database and all readers take
 _MAX_BYTES, _MAX_DEPTH, _MAX_TAGS, _MAX_TAG = 256 * 1024, 30, 300, 300
 
 
@@ -34,12 +36,12 @@ def card_metadata(text: str) -> dict[str, Any]:
         raise CardError(f"the metadata is larger than {_MAX_BYTES} bytes")
     try:
         _refuse_bombs(front)
-        data = yaml.load(front, Loader=_LOADER)
+        data = _plain(yaml.load(front, Loader=_LOADER))
     except (yaml.YAMLError, ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         raise CardError(str(error)) from None
     if not isinstance(data, dict | None):
         raise CardError(f"the metadata is not a mapping of names to values but a {type(data).__name__}")
-    return {} if data is None else {str(key): _plain(value) for key, value in data.items()}
+    return data or {}
 
 
 def _refuse_bombs(front: str) -> None:
@@ -57,19 +59,22 @@ def _refuse_bombs(front: str) -> None:
 
 
 def _plain(value: Any) -> Any:
+    """The value as JSON that every reader takes; None for what has no such form."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items() if _plain(str(key)) is not None}
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
+    if isinstance(value, int):
+        return value if value.bit_length() < _MAX_BITS else None
+    return None if value is None or _LONE_SURROGATE.search(text := str(value)) else text
 
 
 def read_json(data: bytes) -> Any:
-    """JSON of a file that somebody uploaded; None where it is none."""
+    """JSON of a file that somebody uploaded, plain as a card's metadata; None where it is none."""
     try:
-        return json.loads(data)
+        return _plain(json.loads(data))
     except (ValueError, RecursionError):
         return None
 
@@ -107,9 +112,7 @@ def describe(paths: Iterable[str], card: Mapping[str, Any], adapter_config: Any)
     }
     if is_adapter:
         wanted = ("base_model_name_or_path", "task_type", "peft_type", "r")
-        facts["config"] = {
-            "peft": {key: _plain(config[key]) for key in wanted if isinstance(config.get(key), str | int)}
-        }
+        facts["config"] = {"peft": {key: config[key] for key in wanted if isinstance(config.get(key), str | int)}}
     short = (tag for tag in tags if 0 < len(tag) <= _MAX_TAG)
     return list(dict.fromkeys(short))[:_MAX_TAGS], facts
 

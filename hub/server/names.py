@@ -8,9 +8,9 @@ from .errors import HubError
 
 REPO_TYPES = ("models", "datasets", "spaces")
 MAIN = "refs/heads/main"
-_PART = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
+_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REFERENCE = re.compile(r"refs/(?:heads|tags)/[A-Za-z0-9][A-Za-z0-9._/+-]{0,200}")
-# Words that the hub's own addresses start with.
+# Words that the hub's own addresses start with, beside all that have a `_` first.
 _RESERVED = {"api", *REPO_TYPES}
 _COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 
@@ -36,7 +36,8 @@ def repo_id(type_: str, text: str) -> RepoId:
     """Read `namespace/name`.
 
     Raises:
-        HubError: 400, when the Hub would not allow this name either.
+        HubError: 400, a name that clients of the Hub would not ask for either, or a namespace that the hub's own
+            addresses need.
     """
     namespace, _, name = text.partition("/")
     if type_ not in REPO_TYPES:
@@ -46,16 +47,16 @@ def repo_id(type_: str, text: str) -> RepoId:
         raise HubError(
             400,
             f"Invalid repo name {name!r}: use letters, digits, '-', '_' and '.', at most 96, "
-            "no '--' or '..', no '.git' at the end, a letter or digit first and last.",
+            "no '--' or '..', no '.git' at the end, no '-' or '.' first or last.",
         )
     return RepoId(type_, namespace, name)
 
 
 def check_namespace(name: str) -> str:
-    if not _is_name(name) or name.lower() in _RESERVED:
+    if not _is_name(name) or name.startswith("_") or name.lower() in _RESERVED:
         raise HubError(
             400,
-            f"Invalid namespace {name!r}: use letters, digits, '-', '_' and '.', no '--' or '..', "
+            f"Invalid namespace {name!r}: use letters, digits, '-', '_' and '.', no '--' or '..', no '_' first, "
             f"and none of {', '.join(sorted(_RESERVED))}.",
         )
     return name

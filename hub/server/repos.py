@@ -4,6 +4,7 @@ import base64
 import json
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from .clock import now
 from .database import Database
 from .errors import HubError, repo_not_found
 from .history import History
+from .metadata import read_json
 from .names import RepoId
 
 MAX_PAGE = 1000
@@ -123,7 +125,8 @@ class Repos:
             connection.execute("UPDATE repos SET private = ? WHERE key = ?", (private, repo.key))
 
     def count_download(self, repo: Repo) -> None:
-        with self._database.write(durable=False) as connection:
+        """Count a download, if the database takes it: on a full disk downloads go on uncounted."""
+        with suppress(sqlite3.OperationalError), self._database.write(durable=False) as connection:
             connection.execute("UPDATE repos SET downloads = downloads + 1 WHERE key = ?", (repo.key,))
 
     def find(self, repo: RepoId, caller: Caller) -> Repo:
@@ -214,12 +217,13 @@ def _cursor(value: str | int, repo: str) -> str:
 
 def _read_cursor(text: str) -> tuple[str | int, str]:
     try:
-        value, repo = json.loads(base64.urlsafe_b64decode(text))
-    except (ValueError, TypeError):
-        raise HubError(400, f"Invalid cursor {text[:100]!r}: follow the links of the answers instead.") from None
-    if not isinstance(value, str | int) or not isinstance(repo, str):
-        raise HubError(400, f"Invalid cursor {text[:100]!r}: follow the links of the answers instead.")
-    return value, repo
+        read = read_json(base64.urlsafe_b64decode(text))
+    except ValueError:
+        read = None
+    match read:
+        case [str() | int() as value, str() as repo]:
+            return value, repo
+    raise HubError(400, f"Invalid cursor {text[:100]!r}: follow the links of the answers instead.")
 
 
 def _repo(row: sqlite3.Row) -> Repo:

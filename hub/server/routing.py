@@ -25,9 +25,15 @@ _PARTS = {
     "path": ".+",
     "page": r"(?:(?:datasets|spaces)/)?(?!api/|_)[A-Za-z0-9._-]+/[A-Za-z0-9._-]+(?:/(?:tree|commit)/.+)?",
     "sha256": "[0-9a-f]{64}",
+    "xorb": "[0-9a-f]{64}",
     "number": "[0-9]{1,6}",
 }
+# Where clients look for a repo without a namespace, such as `gpt2`, which this hub has none of.
+_OF_BARE_NAME = re.compile(
+    rf"/api/({_PARTS['type']})/[^/]+(/(revision|tree|commits|paths-info)/.+)?|({_PARTS['prefix']})/[^/]+/resolve/.+"
+)
 _MAX_JSON_BYTES = 4 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass
@@ -139,7 +145,8 @@ def find_route(method: str, raw_path: str) -> tuple[Route, dict[str, str]]:
             allowed.add(candidate.method)
     if allowed:
         raise HubError(405, f"{method} is not possible here.", headers={"Allow": ", ".join(sorted(allowed))})
-    raise HubError(404, f"This hub has no such address: {raw_path[:200]}", "RepoNotFound")
+    code = "RepoNotFound" if _OF_BARE_NAME.fullmatch(raw_path) else None
+    raise HubError(404, f"This hub has no such address: {raw_path[:200]}", code)
 
 
 def _unquote(text: str) -> str:
@@ -179,7 +186,10 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def parse_json(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        value = json.loads(text := data.decode())
+        if _SURROGATE.search(text):  # of a pair, or alone, which is no text that could be kept or sent
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise HubError(400, "The JSON is nested too deeply.") from None
     except ValueError as error:

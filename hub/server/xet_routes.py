@@ -32,12 +32,12 @@ def write_token(call: Call) -> Response:
     return JSONResponse({"casUrl": address, "accessToken": token, "exp": expires}, headers=headers)
 
 
-@stream_route("POST", _CAS + "/xorbs/default/{sha256}", has_own_rights=True)
+@stream_route("POST", _CAS + "/xorbs/default/{xorb}", has_own_rights=True)
 async def put_xorb(call: Call) -> Response:
     _check_token(call)
     with _no_retries(), call.hub.storage.files.receive() as incoming:
         await receive(call.request, incoming, MAX_XORB)
-        session, name = call.arguments["session"], call.arguments["sha256"]
+        session, name = call.arguments["session"], call.arguments["xorb"]
         is_new = await run_in_threadpool(call.hub.xet.add_xorb, session, name, incoming)
     return JSONResponse({"was_inserted": is_new})
 
