@@ -5,7 +5,6 @@ import contextlib
 import logging
 import re
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import Field
 from starlette.concurrency import run_in_threadpool
@@ -14,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from ...support.config import config
 from . import account_routes, file_routes, page_routes, ref_routes, repo_routes, upload_routes, xet_routes
-from .accounts import NOBODY
+from .accounts import ANYBODY, NOBODY, Caller
 from .errors import HubError, disk_full, is_disk_full
 from .links import Links
 from .routing import Call, answer, find_route
@@ -95,19 +94,11 @@ class Hub:
         route, arguments = find_route(method, path or "/")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HubError(415, "Compressed bodies are not taken: send it without Content-Encoding.")
-        self._refuse_other_sites(request, method)
+        _refuse_other_sites(request, method)
         accounts = self.storage.accounts
         caller = NOBODY if route.has_own_rights else await run_in_threadpool(accounts.caller, _token(request))
+        _refuse_other_names(request, caller)
         return await answer(route, Call(self, request, caller, arguments))
-
-    def _refuse_other_sites(self, request: Request, method: str) -> None:
-        """A page of another site must not use the browser of somebody who can reach this hub."""
-        host = request.headers.get("host", "")
-        origin = request.headers.get("origin")
-        if method != "GET" and origin is not None and urlsplit(origin).netloc != host:
-            raise HubError(403, f"A page of {origin[:200]} may not change this hub.")
-        if self.storage.accounts.is_open() and not _LOOPBACK.fullmatch(host):
-            raise HubError(403, f"A hub without tokens answers on this machine only, not as {host[:200]!r}.")
 
     async def _live(self, receive: Any, send: Any) -> None:
         """Start, sweep up now and then what uploads left, stop."""
@@ -124,6 +115,20 @@ class Hub:
             for sweep in (self.storage.files.sweep, self.xet.sweep):
                 with contextlib.suppress(OSError):  # what vanishes meanwhile was finished meanwhile
                     await run_in_threadpool(sweep, self.policy.link_seconds)
+
+
+def _refuse_other_sites(request: Request, method: str) -> None:
+    """A page of another site must not use the browser of somebody who can reach this hub."""
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if method != "GET" and origin not in (None, f"http://{host}", f"https://{host}"):
+        raise HubError(403, f"A page of {str(origin)[:200]} may not change this hub.")
+
+
+def _refuse_other_names(request: Request, caller: Caller) -> None:
+    """Nor may it reach a hub that asks nobody who they are, by a name of its own that leads to this machine."""
+    host = request.headers.get("host", "")
+    if caller is ANYBODY and not _LOOPBACK.fullmatch(host):
+        raise HubError(403, f"A hub without tokens answers on this machine only, not as {host[:200]!r}.")
 
 
 def _token(request: Request) -> str | None:

@@ -25,6 +25,7 @@ MAX_XORB, MAX_SHARD = 72 << 20, 64 << 20  # bytes; clients cut both at 64 MiB
 # size is the only one, so the xorbs can go with it.
 _LAST_SHARD = 32 << 20
 _MAX_CHUNK = 1 << 18  # bytes, raw; clients cut at 128 KiB
+_MAX_SEGMENTS = 1 << 18  # of a file, some 230 bytes of memory each; clients make far fewer, however large it is
 _SHARD_TAG, _END_OF_FILES, _RECORD = b"HFRepoMetaData\0", b"\xff" * 32, 48
 _HAS_VERIFICATION, _HAS_SHA256 = 1 << 31, 1 << 30
 
@@ -84,8 +85,7 @@ class XetUploads:
             HubError: 400, the shard is malformed, names xorbs that are not here, or a file is not what it says.
         """
         with shard.reopen() as file:
-            described = list(_shard_files(file))
-        hashes = [self._rebuild(session, file, is_held) for file in described]
+            hashes = [self._rebuild(session, described, is_held) for described in _shard_files(file)]
         if shard.size < _LAST_SHARD:
             shutil.rmtree(self._root / session, ignore_errors=True)
         return hashes
@@ -112,6 +112,8 @@ class XetUploads:
         try:
             with xorb.open("rb") as file:
                 for scheme, size, data in _chunks(file, segment.first, segment.last):
+                    if to.size - before + size > segment.size:
+                        raise HubError(400, f"A segment of xorb {segment.xorb} has more than {segment.size} bytes.")
                     to.write(_unpack(scheme, size, data))
         except FileNotFoundError:
             raise HubError(400, f"The shard names the xorb {segment.xorb}, which was not uploaded with it.") from None
@@ -184,6 +186,8 @@ def _shard_files(file: BinaryIO) -> Iterator[ShardFile]:
         raise HubError(400, "Malformed shard: it does not start as one.")
     while not (head := _record(file)).startswith(_END_OF_FILES):
         flags, count = struct.unpack_from("<II", head, 32)
+        if count > _MAX_SEGMENTS:
+            raise HubError(413, f"A file in {count} segments: this hub takes {_MAX_SEGMENTS}.")
         segments = tuple(_segment(_record(file)) for _ in range(count))
         if flags & _HAS_VERIFICATION:
             file.seek(_RECORD * count, os.SEEK_CUR)
