@@ -1,21 +1,27 @@
 """What unchanged clients do with the local hub, and what it tells them."""
 
+import base64
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 from hub_cases import RunningHub, running_hub
-from hub_uploads import commit_lines, large, lfs_link, send_lfs, small
+from hub_uploads import commit_lines, large, lfs_link, send_lfs, sha256, small
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 
 from loramux.hub.server import Policy
+from loramux.hub.server.clean import clean
+from loramux.hub.server.tree import Entry, RecentTrees, Tree
 
+HUGE_CURSOR = base64.urlsafe_b64encode(f'[{10**40}, "a/b"]'.encode()).decode()
 ROUND_TRIP = Path(__file__).resolve().parents[1] / "benchmarks" / "hub_client.py"
 
 
@@ -85,6 +91,7 @@ def test_a_large_file_in_parts_is_one_file(tmp_path: Path) -> None:
             piece = data[(part - 1) << 16 : part << 16]
             assert http.put(link, content=piece).headers["etag"] == f'"{part}"'
         assert http.post(actions["upload"]["href"], json={}).status_code == 200
+        assert http.post(actions["upload"]["href"], json={}).status_code == 200, "the first answer got lost"
         assert http.post(actions["verify"]["href"], json={}).status_code == 200
         assert "actions" not in lfs_link(http, "someone/parts", data)
 
@@ -214,6 +221,70 @@ def test_downloads_are_counted_once_for_each_fetch_of_the_config(
     assert client.model_info(repo).downloads == 1
 
 
+def test_a_download_goes_on_when_it_cannot_be_counted(local_hub: RunningHub, repo: str, http: httpx.Client) -> None:
+    """As on a full disk, or beside another process that writes for long: here SQLite refuses every change."""
+    local_hub.client().upload_file(repo_id=repo, path_or_fileobj=b"{}", path_in_repo="config.json")
+    writer = local_hub.storage.database._writer
+    writer.execute("PRAGMA query_only = ON")
+    try:
+        answer = http.get(f"/{repo}/resolve/main/config.json")
+        with pytest.raises(sqlite3.OperationalError), local_hub.storage.database.write() as connection:
+            connection.execute("DELETE FROM settings")
+    finally:
+        writer.execute("PRAGMA query_only = OFF")
+    assert (answer.status_code, answer.content) == (200, b"{}")
+
+
+def test_a_commit_that_fails_takes_nothing_from_another_with_equal_files(local_hub: RunningHub, repo: str) -> None:
+    history, data = local_hub.storage.history, b"in both commits"
+    one: set[str] = set()
+    other: set[str] = set()
+    for added in (one, other):
+        history.add_contents({sha256(data): data}, added)
+    history.settle_contents(other)
+    assert history.content(sha256(data)) == data
+    history.settle_contents(one)
+    assert history.content(sha256(data)) is None
+
+
+def test_the_parent_of_a_commit_may_be_named_by_the_start_of_its_id(local_hub: RunningHub, repo: str) -> None:
+    client, add = local_hub.client(), [CommitOperationAdd("a.txt", b"a")]
+    first = client.model_info(repo).sha
+    client.create_commit(repo, add, commit_message="second", parent_commit=first[:7])
+    for stale in (first, first[:7], client.model_info(repo).sha[:6]):
+        with pytest.raises(HfHubHTTPError, match="A commit has happened since") as caught:
+            client.create_commit(repo, [CommitOperationAdd("a.txt", b"b")], commit_message="no", parent_commit=stale)
+        assert caught.value.response.status_code == 412
+
+
+def test_changes_of_a_commit_are_made_in_their_order(local_hub: RunningHub, repo: str, http: httpx.Client) -> None:
+    remove = ("deletedFolder", {"path": "a/b/"})
+    stay, gone = small("a/c.txt", b"1"), small("a/b/d/e.txt", b"2")
+    body = commit_lines(stay, gone, remove, small("a/b/f.txt", b"3"))
+    assert http.post(f"/api/models/{repo}/commit/main", content=body).is_success
+    client = local_hub.client()
+    assert client.list_repo_files(repo) == ["a/b/f.txt", "a/c.txt"]
+    assert [entry.path for entry in client.list_repo_tree(repo, "a")] == ["a/b", "a/c.txt"]
+    told = client.get_paths_info(repo, ["a", "a/b", "a/b/d", "a/c.txt", "c.txt"])
+    assert [entry.path for entry in told] == ["a", "a/b", "a/c.txt"]
+    twice = http.post(f"/api/models/{repo}/commit/main", content=commit_lines(remove, remove))
+    assert (twice.status_code, "no folder 'a/b'" in twice.text) == (404, True)
+
+
+def test_trees_are_kept_in_memory_up_to_so_many_files() -> None:
+    loaded = []
+
+    def load(digest: str) -> Tree:
+        loaded.append(digest)
+        return Tree({f"{number}.txt": Entry("", 0, "", is_lfs=False) for number in range(int(digest))})
+
+    trees = RecentTrees(load, max_files=100)
+    for digest in ("60", "30", "60", "20", "60", "30", "500", "20"):
+        assert len(trees.read(digest)) == int(digest)
+        assert trees.files <= 100
+    assert loaded == ["60", "30", "20", "30", "500", "20"]
+
+
 def test_files_move_aside_for_folders_only_when_asked(local_hub: RunningHub, repo: str) -> None:
     client = local_hub.client()
     client.upload_file(repo_id=repo, path_or_fileobj=b"file", path_in_repo="a")
@@ -235,7 +306,12 @@ def test_files_move_aside_for_folders_only_when_asked(local_hub: RunningHub, rep
         ("GET", "/api/models/{repo}/tree/main/no", 404, "EntryNotFound"),
         ("DELETE", "/api/models/{repo}/tag/no", 404, "RevisionNotFound"),
         ("DELETE", "/api/models/{repo}/branch/main", 400, None),
-        ("GET", "/api/nothing", 404, "RepoNotFound"),
+        ("GET", "/gpt2/resolve/main/config.json", 404, "RepoNotFound"),
+        ("GET", "/api/models/gpt2/tree/main", 404, "RepoNotFound"),
+        ("GET", "/api/models/{repo}/discussions", 404, None),
+        ("GET", "/api/nothing", 404, None),
+        ("GET", "/api/models?cursor=WzFlOTk5LCAiYSJd", 400, None),
+        ("GET", f"/api/models?cursor={HUGE_CURSOR}", 400, None),
         ("PATCH", "/api/models/{repo}", 405, None),
         ("GET", "/api/models?cursor=abc", 400, None),
         ("GET", "/api/models?limit=many", 400, None),
@@ -255,6 +331,24 @@ def test_missing_files_come_with_the_commit_so_that_clients_remember(local_hub: 
     assert answer.headers["x-repo-commit"] == local_hub.client().model_info(repo).sha
 
 
+@pytest.mark.parametrize(
+    "body",
+    [{}, None, 5, [{}], {"visibility": "protected"}, {"private": "yes"}, {"private": True, "visibility": "public"}],
+)
+def test_a_private_repo_stays_so_unless_it_is_told_plainly(
+    local_hub: RunningHub, http: httpx.Client, body: object
+) -> None:
+    client = local_hub.client()
+    client.create_repo("someone/guarded", private=True, exist_ok=True)
+    answer = http.put("/api/models/someone/guarded/settings", json=body)
+    assert (answer.status_code, "is private or public" in answer.text) == (400, True)
+    if isinstance(body, dict) and body:
+        answer = http.post("/api/repos/create", json={"name": "unclear", "organization": "someone", **body})
+        assert (answer.status_code, "is private or public" in answer.text) == (400, True)
+    assert client.model_info("someone/guarded").private
+    assert not client.repo_exists("someone/unclear")
+
+
 def test_a_squashed_branch_has_one_commit_and_all_files(local_hub: RunningHub, repo: str) -> None:
     client = local_hub.client()
     for number in range(3):
@@ -262,6 +356,38 @@ def test_a_squashed_branch_has_one_commit_and_all_files(local_hub: RunningHub, r
     client.super_squash_history(repo, commit_message="all in one")
     assert [commit.title for commit in client.list_repo_commits(repo)] == ["all in one"]
     assert len(client.list_repo_files(repo)) == 3
+
+
+def test_what_a_squash_forgets_is_gone(local_hub: RunningHub, repo: str, http: httpx.Client) -> None:
+    """Commits that a tag or another branch reaches stay, and so do their files."""
+    client, large_one = local_hub.client(), os.urandom(1_200_000)
+
+    def commit(name: str, data: bytes, branch: str = "main") -> str:
+        return client.upload_file(repo_id=repo, path_or_fileobj=data, path_in_repo=name, revision=branch).oid
+
+    tagged = commit("tagged.txt", b"tagged")
+    client.create_tag(repo, tag="v1")
+    secret = commit("secret.bin", large_one)
+    client.create_branch(repo, branch="other")
+    other = commit("other.txt", b"other", "other")
+    client.delete_file("secret.bin", repo)
+    client.delete_file("secret.bin", repo, revision="other")
+    client.super_squash_history(repo, branch="main")
+    assert http.get(f"/{repo}/resolve/{secret}/secret.bin").status_code == 200, "the other branch came by there"
+
+    client.super_squash_history(repo, branch="other")
+    for forgotten in (secret, other):
+        assert http.get(f"/{repo}/resolve/{forgotten}/secret.bin").headers["x-error-code"] == "RevisionNotFound"
+    assert http.get(f"/{repo}/resolve/{tagged}/tagged.txt").text == "tagged"
+    assert http.get(f"/{repo}/resolve/other/other.txt").text == "other"
+    client.create_branch(repo, branch="given-up")
+    given_up = commit("given-up.txt", b"given up", "given-up")
+    client.delete_branch(repo, branch="given-up")
+    assert http.get(f"/{repo}/resolve/{given_up}/given-up.txt").text == "given up", "it may have been a mistake"
+    clean(local_hub.storage, timedelta(seconds=-1))
+    assert http.get(f"/{repo}/resolve/{given_up}/given-up.txt").status_code == 404
+    assert local_hub.storage.files.size(sha256(large_one)) is None
+    assert http.get(f"/{repo}/resolve/v1/tagged.txt").text == "tagged"
 
 
 def test_a_file_that_a_private_repo_has_is_not_given_away_by_its_hash(tmp_path: Path) -> None:
@@ -277,6 +403,7 @@ def test_a_file_that_a_private_repo_has_is_not_given_away_by_its_hash(tmp_path: 
         with hub.web(bob) as http:
             taken = http.post("/api/models/bob/thief/commit/main", content=commit_lines(large("w.bin", data)))
             assert (taken.status_code, "was not uploaded" in taken.text) == (422, True)
-            assert "actions" in lfs_link(http, "bob/thief", data)
+            offered = lfs_link(http, "bob/thief", data)["actions"]
+            assert http.post(offered["verify"]["href"]).status_code == 404, "nor is it told that somebody has it"
             send_lfs(http, "bob/thief", data)
             assert http.post("/api/models/bob/thief/commit/main", content=commit_lines(large("w.bin", data))).is_success

@@ -1,8 +1,11 @@
 """What a hub does with input that is wrong, by mistake or on purpose: it says so, and keeps nothing of it."""
 
+import contextlib
 import http.client
 import json
 import os
+import sqlite3
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,9 +14,22 @@ import httpx
 import pytest
 from full_disk import files_limited_to
 from hub_cases import RunningHub, running_hub
-from hub_uploads import commit_lines, large, lfs_link, send_lfs, sha256, shard, small, xet_session, xorb
+from hub_uploads import (
+    SHARD_TAG,
+    commit_lines,
+    large,
+    lfs_link,
+    send_lfs,
+    sha256,
+    shard,
+    small,
+    words,
+    xet_session,
+    xorb,
+)
 
 from loramux.hub.server import HubError, Policy, Storage
+from loramux.hub.server.files import Files, Incoming
 from loramux.hub.server.links import Links
 from loramux.hub.server.metadata import CardError, card_metadata
 from loramux.hub.server.names import check_path, check_reference, repo_id
@@ -43,7 +59,7 @@ def web(hub: RunningHub) -> Iterator[httpx.Client]:
     "path",
     [
         *("../up", "a/../b", "/etc/passwd", "a//b", "./a", "a/.", "", ".git/config", "a/.GIT/hooks/x", "a\\b", "a\0b"),
-        *("line\nbreak", "right\u202eleft", "C:/a", "x" * 300, "a/" * 600 + "b", "\ud800"),
+        *("line\nbreak", "right\u202eleft", "C:/a", "x" * 300, "a/" * 600 + "b"),
     ],
 )
 def test_paths_that_could_mean_another_file_are_refused(web: httpx.Client, path: str) -> None:
@@ -65,7 +81,7 @@ def test_links_cannot_be_uploaded_and_odd_names_stay_names(hub: RunningHub, tmp_
         assert Path(client.hf_hub_download("someone/links", odd, cache_dir=tmp_path / "cache")).read_text() == odd
 
 
-@pytest.mark.parametrize("name", ["a--b", "a..b", ".a", "a.", "-a", "a.git", "a b", "a\0", "x" * 97, "ä", ""])
+@pytest.mark.parametrize("name", ["a--b", "a..b", ".a", "a.", "-a", "a-", "a.git", "a b", "a\0", "x" * 97, "ä", ""])
 def test_names_that_the_hub_would_not_take_are_refused(web: httpx.Client, name: str) -> None:
     answer = web.post("/api/repos/create", json={"name": name, "organization": "someone"})
     assert answer.status_code == 400
@@ -152,6 +168,21 @@ def test_a_link_that_is_used_again_changes_nothing(web: httpx.Client, hub: Runni
     assert hub.storage.files.path(sha256(data)).read_bytes() == data
 
 
+def test_a_part_that_comes_late_cannot_change_a_file_that_is_whole(tmp_path: Path) -> None:
+    """Its request was open before the others were complete, and its body stalled."""
+    files, data = Files(tmp_path), os.urandom(1000)
+    with files.open_partial("upload").writer_at(0) as stalled:
+        with files.open_partial("upload").writer_at(0) as writer:
+            writer.write_all([data])
+        partial = files.open_partial("upload")
+        with partial.closed():
+            partial.keep(sha256(data), len(data))
+        with pytest.raises(HubError, match="complete already") as caught:
+            stalled.write_all([bytes(1000)])
+    assert caught.value.status == 409
+    assert files.path(sha256(data)).read_bytes() == data
+
+
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -163,6 +194,7 @@ def test_a_link_that_is_used_again_changes_nothing(web: httpx.Client, hub: Runni
         (b"", 400, "must have 'name'"),
         (b'{"name": {"a": 1}}', 400, "must have 'name'"),
         (b"[]", 400, "must have 'name'"),
+        (b'{"name": "\\ud800"}', 400, "not JSON"),
     ],
 )
 def test_json_bombs(web: httpx.Client, body: bytes, status: int, message: str) -> None:
@@ -187,6 +219,7 @@ def test_compressed_bodies_are_not_unpacked(web: httpx.Client) -> None:
         ([b'{"key": "deletedFolder", "value": {"path": "a/"}}'], 404, "no folder 'a'"),
         ([b'{"key": "file", "value": {"path": "a", "content": "' + b"x" * 400_000 + b'"}}'], 413, "A line of the body"),
         ([b"not json"], 400, "not JSON"),
+        ([b'{"key": "header", "value": {"summary": "\\ud800"}}'], 400, "not JSON"),
     ],
 )
 def test_commits_that_make_no_sense(
@@ -241,6 +274,23 @@ def test_a_harmful_card_does_not_stop_its_repo(hub: RunningHub) -> None:
     assert client.model_info("someone/harmful").card_data is None
 
 
+def test_text_that_is_no_unicode_and_endless_numbers_never_reach_a_listing(hub: RunningHub) -> None:
+    client = hub.client()
+    client.create_repo("someone/poison_")
+    config = (
+        b'{"peft_type": "LORA", "task_type": "\\ud800", "base_model_name_or_path": "\\udfff", "\\ud800": 1, "r": 1e999}'
+    )
+    card = b"---\nlicense: mit\na: 0x" + b"f" * 5000 + b"\n---\n"
+    with hub.web() as web:
+        body = commit_lines(small("adapter_config.json", config), small("README.md", card))
+        assert web.post("/api/models/someone/poison_/commit/main", content=body).is_success
+        for address in ("/api/models", "/api/models?filter=peft&full=1", "/_page/models/someone/poison_"):
+            assert web.get(address).status_code == 200
+    info = client.model_info("someone/poison_")
+    assert info.config == {"peft": {"peft_type": "LORA"}}
+    assert info.card_data.to_dict() == {"license": "mit"}
+
+
 def test_good_and_bad_xet_uploads(web: httpx.Client, hub: RunningHub) -> None:
     """The one good upload goes last: each bad one before it differs from it in one thing."""
     name, data = "cd" * 32, os.urandom(90_000)
@@ -287,6 +337,27 @@ def test_xet_chunks_do_not_unpack_to_more_than_they_say(web: httpx.Client) -> No
     assert sent.status_code == 200
     answer = web.post(f"{address}/v1/shards", content=shard("cd" * 32, 1000, 1, "00" * 32), headers=right)
     assert "bytes, not 1000" in answer.json()["error"]
+
+
+def test_xet_segments_write_no_more_than_they_say(web: httpx.Client, hub: RunningHub) -> None:
+    written: list[int] = []
+
+    class Watched(Incoming):
+        def write(self, data: bytes) -> None:
+            written.append(len(data))
+            super().write(data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        address, right = xet_session(web, REPO)
+        web.post(f"{address}/v1/xorbs/default/{'cd' * 32}", content=xorb(*[bytes(1000)] * 50), headers=right)
+        patch.setattr("loramux.hub.server.files.Incoming", Watched)
+        describes = shard("cd" * 32, 2500, 50, "00" * 32)
+        answer = web.post(f"{address}/v1/shards", content=describes, headers=right)
+    assert (answer.status_code, "has more than 2500 bytes" in answer.text) == (400, True)
+    assert sum(size for size in written if size == 1000) == 2000
+    many = SHARD_TAG + words("ab" * 32) + struct.pack("<II", 0, 1 << 20) + bytes(8)
+    answer = web.post(f"{address}/v1/shards", content=many, headers=right)
+    assert (answer.status_code, "A file in 1048576 segments" in answer.text) == (413, True)
 
 
 def test_xet_addresses_and_tokens_of_others_are_refused(tmp_path: Path) -> None:
@@ -369,6 +440,8 @@ def test_pages_of_other_sites_cannot_use_the_browser(web: httpx.Client, hub: Run
     body = {"name": "planted", "organization": "someone"}
     answer = web.post("/api/repos/create", json=body, headers={"Origin": "https://evil.example"})
     assert (answer.status_code, "may not change this hub" in answer.text) == (403, True)
+    for wrong in ("http://[", "null"):
+        assert web.post("/api/repos/create", json=body, headers={"Origin": wrong}).status_code == 403
     rebound = web.get("/api/models", headers={"Host": "evil.example"})
     assert (rebound.status_code, "answers on this machine only" in rebound.text) == (403, True)
     assert web.post("/api/validate-yaml", json={"content": ""}, headers={"Origin": hub.url}).is_success
@@ -399,6 +472,9 @@ def test_what_fails_inside_is_told_without_its_insides(hub: RunningHub, monkeypa
 def test_names_by_themselves() -> None:
     assert str(repo_id("models", "HuggingFaceTB/SmolLM2-135M")) == "HuggingFaceTB/SmolLM2-135M"
     assert repo_id("datasets", "a/b").page == "/datasets/a/b"
+    assert repo_id("models", "a_/_model_").name == "_model_"
+    with pytest.raises(HubError, match="no '_' first"):  # as `/_page` and `/_lfs` are the hub's own
+        repo_id("models", "_page/hub.js")
     assert check_path("a/b c/ü.txt") == "a/b c/ü.txt"
     assert check_reference("refs/heads/feat/x+1") == "refs/heads/feat/x+1"
     with pytest.raises(HubError, match="Invalid repo type 'cats'"):
@@ -420,6 +496,26 @@ def test_a_file_is_no_place_for_a_hub(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="a file lies there; a hub needs a folder of its own"):
             Storage(root)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    with running_hub(tmp_path) as hub:
+        hub.client().create_repo(REPO)
+
+    def version(set_to: int | None = None) -> int:
+        with contextlib.closing(sqlite3.connect(tmp_path / "hub.sqlite")) as connection:
+            if set_to is not None:
+                connection.execute(f"PRAGMA user_version = {set_to}")
+            return connection.execute("PRAGMA user_version").fetchone()[0]
+
+    assert version() == 1
+    version(set_to=0)  # from before there were versions
+    with running_hub(tmp_path) as hub:
+        assert hub.client().repo_exists(REPO)
+    assert version() == 1
+    version(set_to=7)
+    with pytest.raises(RunError, match="a hub of version 7; this loramux knows versions up to 1"):
+        Storage(tmp_path)
 
 
 def test_sending_again_what_is_there_costs_nothing(hub: RunningHub, web: httpx.Client) -> None:

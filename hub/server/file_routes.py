@@ -9,9 +9,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from .errors import HubError
-from .history import ADAPTER_CONFIG, Entry, Tree, folders_of, lfs_pointer
-from .repos import Repo
+from .history import Commit
 from .routing import Call, parse_json, read_body, route, stream_route
+from .tree import Entry, Tree
 
 _ENTRIES_A_PAGE = 1000
 _MAX_PATHS_BYTES = 4 << 20
@@ -29,28 +29,19 @@ def download(call: Call) -> Response:
     """A file, with the headers by which clients cache it; ranges of it for those who go on after a cut."""
     storage, path = call.hub.storage, call.arguments["path"]
     repo = storage.repos.find(call.repo_id, call.caller)
-    commit = storage.history.resolve(repo.key, call.arguments["revision"])
-    tree = storage.history.tree(repo.key, commit)
+    commit, tree = storage.history.at(repo.key, call.arguments["revision"])
     entry = tree.get(path)
     if entry is None:  # the commit lets clients remember that there is no such file
-        raise HubError(404, f"Entry not found: {path[:200]}", "EntryNotFound", {"X-Repo-Commit": commit})
-    headers = _file_headers(path, entry, commit)
+        raise HubError(404, f"Entry not found: {path[:200]}", "EntryNotFound", {"X-Repo-Commit": commit.id})
+    headers = _file_headers(path, entry, commit.id)
     asked = call.request.headers.get("range")
-    if call.request.method == "GET" and _counts(path, tree) and (asked is None or asked.startswith("bytes=0-")):
+    if call.request.method == "GET" and path in tree.counted and (asked is None or asked.startswith("bytes=0-")):
         storage.repos.count_download(repo)
     data = storage.history.content(entry.sha256)
     if data is not None:
         return _small_file(data, headers, asked)
     file = storage.files.path(entry.sha256)
     return _LargeFile(file, headers=headers, media_type=headers["Content-Type"], stat_result=file.stat())
-
-
-def _counts(path: str, tree: Tree) -> bool:
-    """Whether to fetch this file is to fetch the repo: the config is, that every library asks for, or what stands for
-    it in a repo without one."""
-    names = {name.rsplit("/", 1)[-1] for name in tree}
-    wanted = next((name for name in (ADAPTER_CONFIG, "config.json") if name in names), None)
-    return path.rsplit("/", 1)[-1] == wanted if wanted else path == max(tree, key=lambda name: tree[name].size)
 
 
 def _file_headers(path: str, entry: Entry, commit: str) -> dict[str, str]:
@@ -94,24 +85,24 @@ def tree_of_folder(call: Call) -> Response:
 
 
 def _tree(call: Call, folder: str) -> Response:
-    repo, commit, files = _at(call)
-    inside = {path: entry for path, entry in sorted(files.items()) if path.startswith(folder)}
-    if folder and not inside:
-        raise HubError(404, f"{folder[:200]} does not exist on this revision.", "EntryNotFound")
+    commit, files = _at(call)
     recursive = call.flag("recursive")
-    folders = {name for path in inside for name in folders_of(path) if len(name) >= len(folder)}
-    told = [
-        *(_folder(name) for name in sorted(folders) if recursive or "/" not in name[len(folder) :]),
-        *(_file(path, entry) for path, entry in inside.items() if recursive or "/" not in path[len(folder) :]),
+    paths = [
+        path
+        for path in (*files.folders, *files)
+        if path.startswith(folder) and (recursive or "/" not in path[len(folder) :])
     ]
+    if folder and not paths:
+        raise HubError(404, f"{folder[:200]} does not exist on this revision.", "EntryNotFound")
     start = call.number("cursor", 0, 10**9)
-    headers = {"X-Repo-Commit": commit}
-    if start + _ENTRIES_A_PAGE < len(told):
+    headers = {"X-Repo-Commit": commit.id}
+    if start + _ENTRIES_A_PAGE < len(paths):
         # The next page is of the same commit, wherever the branch is by then.
-        address = f"{call.base}/api/{repo.id.type}/{repo.id}/tree/{commit}/{quote(folder.rstrip('/'))}".rstrip("/")
+        repo = f"{call.arguments['type']}/{call.repo_id}"
+        address = f"{call.base}/api/{repo}/tree/{commit.id}/{quote(folder.rstrip('/'))}".rstrip("/")
         query = urlencode({"recursive": str(recursive).lower(), "cursor": start + _ENTRIES_A_PAGE})
         headers["Link"] = f'<{address}?{query}>; rel="next"'
-    return JSONResponse(told[start : start + _ENTRIES_A_PAGE], headers=headers)
+    return JSONResponse(_told(files, paths[start : start + _ENTRIES_A_PAGE]), headers=headers)
 
 
 @stream_route("POST", "/api/{type}/{repo}/paths-info/{revision}")
@@ -127,27 +118,22 @@ async def paths_info(call: Call) -> Response:
 
 
 def _paths_info(call: Call, paths: list[str]) -> Response:
-    _, _, files = _at(call)
-    folders = {folder for path in files for folder in folders_of(path)}
-    told = [
-        _file(path, files[path]) if path in files else _folder(path) for path in paths if path in {*files, *folders}
-    ]
-    return JSONResponse(told)
+    _, files = _at(call)
+    return JSONResponse(_told(files, [path for path in paths if path in files or path in files.folders]))
 
 
-def _at(call: Call) -> tuple[Repo, str, Tree]:
-    """The repo, the commit and the files that a call is about."""
+def _at(call: Call) -> tuple[Commit, Tree]:
+    """The commit and the files that a call is about."""
     repo = call.hub.storage.repos.find(call.repo_id, call.caller)
-    commit = call.hub.storage.history.resolve(repo.key, call.arguments["revision"])
-    return repo, commit, call.hub.storage.history.tree(repo.key, commit)
+    return call.hub.storage.history.at(repo.key, call.arguments["revision"])
+
+
+def _told(files: Tree, paths: list[str]) -> list[dict[str, Any]]:
+    return [_file(path, files[path]) if path in files else _folder(path) for path in paths]
 
 
 def _file(path: str, entry: Entry) -> dict[str, Any]:
-    told: dict[str, Any] = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
-    if entry.is_lfs:
-        pointer = len(lfs_pointer(entry.sha256, entry.size))
-        told["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": pointer}
-    return told
+    return {"type": "file", "oid": entry.oid, "size": entry.size, "path": path, **entry.lfs("oid")}
 
 
 def _folder(path: str) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 import hashlib
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 from .errors import HubError
 
@@ -20,6 +22,8 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self._kept, self._incoming = root / "files", root / "incoming"
+        self._partials: WeakValueDictionary[str, Partial] = WeakValueDictionary()
+        self._lock = threading.Lock()
         for folder in (self._incoming, *(self._kept / f"{first:02x}" for first in range(256))):
             folder.mkdir(parents=True, exist_ok=True)
         sync_folder(self._kept)
@@ -38,7 +42,9 @@ class Files:
         return Incoming(self, self._incoming)
 
     def open_partial(self, name: str) -> "Partial":
-        return Partial(self, self._incoming / f"{name}.parts")
+        """The file that arrives in parts under this name: one and the same for all who have it open."""
+        with self._lock:
+            return self._partials.setdefault(name, Partial(self, self._incoming / f"{name}.parts"))
 
     def keep(self, received: Path, sha256: str) -> None:
         """Give a received file, which is on the disk already, its name."""
@@ -51,8 +57,14 @@ class Files:
 
     def all_older_than(self, seconds: float) -> list[str]:
         """The hashes of files that nobody has touched for so long."""
-        before = time.time() - seconds
-        return [path.name for path in self._kept.glob("??/*") if path.stat().st_mtime < before]
+        return [path.name for path in self._kept.glob("??/*") if self.is_older_than(seconds, path.name)]
+
+    def is_older_than(self, seconds: float, sha256: str) -> bool:
+        """Whether it is here, and nobody has touched it for so long."""
+        try:
+            return self.path(sha256).stat().st_mtime < time.time() - seconds
+        except FileNotFoundError:
+            return False
 
     def touch(self, sha256: str) -> None:
         os.utime(self.path(sha256))
@@ -130,22 +142,45 @@ class Incoming:
 
 
 class Partial:
-    """A file that arrives in parts, each at its own place."""
+    """A file that arrives in parts, each at its own place, until it is closed."""
 
     def __init__(self, files: Files, path: Path) -> None:
         self._files, self._path = files, path
+        self._lock, self._is_closed = threading.Lock(), False
 
     @contextmanager
     def writer_at(self, start: int) -> Iterator["PartWriter"]:
         """Something to write one part with, from the byte `start` on."""
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            yield PartWriter(handle, start)
+            yield PartWriter(self, handle, start)
         finally:
             os.close(handle)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises:
+        HubError: 409, the file is closed.
+        """
+        self._refuse_if_closed()  # at once, rather than after all was hashed
+        with self._lock:
+            self._refuse_if_closed()
+            yield
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise HubError(409, "This upload is complete already: it takes no more parts.")
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """From now on no part changes the file, whoever has it open; one caller at a time."""
+        with self._lock:
+            self._is_closed = True
+            yield
+
     def keep(self, sha256: str, size: int) -> None:
-        """Check the whole and file it under its hash; what is wrong is removed, so that all of it is sent again."""
+        """Check the whole, which must be closed, and file it under its hash; what is wrong is removed, so that all of
+        it is sent again."""
         try:
             with self._path.open("rb") as file:
                 found, length = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
@@ -157,19 +192,23 @@ class Partial:
             raise wrong_content(sha256, size, found, length)
         self._files.keep(self._path, sha256)
 
+    def discard(self) -> None:
+        self._path.unlink(missing_ok=True)
+
 
 class PartWriter:
     """Writes one part, and counts its bytes in `size`."""
 
-    def __init__(self, handle: int, start: int) -> None:
-        self._handle, self._start, self.size = handle, start, 0
+    def __init__(self, partial: Partial, handle: int, start: int) -> None:
+        self._partial, self._handle, self._start, self.size = partial, handle, start, 0
 
     def write_all(self, pieces: list[bytes]) -> None:
-        for piece in pieces:
-            view = memoryview(piece)
-            while view:
-                written = os.pwrite(self._handle, view, self._start + self.size)
-                view, self.size = view[written:], self.size + written
+        with self._partial.writing():
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    written = os.pwrite(self._handle, view, self._start + self.size)
+                    view, self.size = view[written:], self.size + written
 
 
 def wrong_content(sha256: str | None, size: int | None, found: str, length: int) -> HubError:

@@ -4,9 +4,8 @@ import hashlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from .accounts import Caller
@@ -16,28 +15,13 @@ from .errors import HubError, repo_not_found
 from .files import Files
 from .metadata import CardError, card_metadata, describe, read_json
 from .names import MAIN, check_path, check_reference
+from .tree import ADAPTER_CONFIG, Draft, Entry, RecentTrees, Tree, git_oid, lfs_pointer
 
-CARD, ADAPTER_CONFIG = "README.md", "adapter_config.json"
+CARD = "README.md"
+_TREES_KEPT = 1 << 17  # files in all trees that are kept in memory, some 600 bytes each
+_SHORT_ID = 7  # characters of a commit's id that stand for it
 _MAX_ADAPTERS = 20  # of a repo whose configs the hub looks at
 _MAX_READ = 1 << 20  # bytes of a card or a config that the hub itself reads
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of a tree: the hash and size of its content, and git's name for it."""
-
-    sha256: str
-    size: int
-    oid: str
-    is_lfs: bool
-
-    @property
-    def etag(self) -> str:
-        """What clients name the file by in their caches."""
-        return self.sha256 if self.is_lfs else self.oid
-
-
-Tree = Mapping[str, Entry]
 
 
 @dataclass(frozen=True)
@@ -64,44 +48,38 @@ class Commit:
     date: str
 
 
-def git_oid(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-def lfs_pointer(sha256: str, size: int) -> bytes:
-    """What git keeps in place of a large file."""
-    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-
-
 class History:
     """Commits of all repos; `key` is a repo's number in the database."""
 
     def __init__(self, database: Database, files: Files) -> None:
         self._database, self._files = database, files
-        self._read_tree = lru_cache(maxsize=64)(self._load_tree)
+        self._trees = RecentTrees(self._load_tree, _TREES_KEPT)
+        self._under_way: dict[int, set[str]] = {}
 
     # Contents
 
-    def add_contents(self, contents: Mapping[str, bytes]) -> dict[str, str]:
+    def add_contents(self, contents: Mapping[str, bytes], added: set[str]) -> None:
         """Keep small files, by their sha256, in the database. They reach the disk before the commit that names them.
 
-        Returns:
-            when each was added, for `forget_contents`.
+        Args:
+            added: what one commit has added; until `settle_contents`, none of it is dropped because of another commit.
         """
-        added = dict.fromkeys(contents, now())
+        self._under_way[id(added)] = added
+        added.update(contents)
         with self._database.write(durable=False) as connection:
             connection.executemany(
                 "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET at = excluded.at",
-                [(sha256, contents[sha256], at) for sha256, at in added.items()],
+                [(sha256, data, now()) for sha256, data in contents.items()],
             )
-        return added
 
-    def forget_contents(self, added: Mapping[str, str]) -> None:
-        """Drop small files that nothing names, unless somebody has added them again since."""
+    def settle_contents(self, added: set[str]) -> None:
+        """The commit is over: of the small files it added, drop those that no commit, made or under way, names."""
+        self._under_way.pop(id(added), None)
         with self._database.write(durable=False) as connection:
+            others = [*self._under_way.values()]
             connection.executemany(
-                "DELETE FROM contents WHERE sha256 = ? AND at = ? AND sha256 NOT IN (SELECT sha256 FROM repo_files)",
-                added.items(),
+                "DELETE FROM contents WHERE sha256 = ? AND sha256 NOT IN (SELECT sha256 FROM repo_files)",
+                [(sha256,) for sha256 in added if not any(sha256 in other for other in others)],
             )
 
     def content(self, sha256: str) -> bytes | None:
@@ -115,11 +93,12 @@ class History:
         with self._database.write(durable=False) as connection:
             connection.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?)", (sha256, user, now()))
 
-    def was_sent_by(self, sha256: str, *, user: str) -> bool:
-        """Whether the file is here and this user sent it."""
+    def was_sent_by(self, sha256: str, size: int | None = None, *, user: str) -> bool:
+        """Whether the file is here, of this size where one is given, and this user sent it."""
         with self._database.read() as connection:
             sent = connection.execute("SELECT 1 FROM uploads WHERE sha256 = ? AND user = ?", (sha256, user)).fetchone()
-        return sent is not None and self._files.size(sha256) is not None
+        found = self._files.size(sha256)
+        return sent is not None and found is not None and size in (None, found)
 
     def may_use(self, sha256: str, caller: Caller) -> bool:
         """Whether the caller has the content already: it sent it, or may read a repo that has it.
@@ -169,7 +148,12 @@ class History:
         return Commit(**dict(row))
 
     def tree(self, key: int, commit_id: str) -> Tree:
-        return self._read_tree(self.commit(key, commit_id).tree)
+        return self._trees.read(self.commit(key, commit_id).tree)
+
+    def at(self, key: int, revision: str) -> tuple[Commit, Tree]:
+        """The commit that a revision stands for, and its files."""
+        commit = self.commit(key, self.resolve(key, revision))
+        return commit, self._trees.read(commit.tree)
 
     def log(self, key: int, commit_id: str, *, skip: int, limit: int) -> list[Commit]:
         """Commits from `commit_id` back, the newest first."""
@@ -195,7 +179,7 @@ class History:
 
     def first_adapter(self, tree: Tree) -> tuple[str, Any] | None:
         """Folder and config of the adapter that stands for a tree: its first plain LoRA, or its first of any kind."""
-        paths = [path for path in sorted(tree) if path.rsplit("/", 1)[-1] == ADAPTER_CONFIG][:_MAX_ADAPTERS]
+        paths = [path for path in tree if path.rsplit("/", 1)[-1] == ADAPTER_CONFIG][:_MAX_ADAPTERS]
         found = [
             (path.removesuffix(ADAPTER_CONFIG).rstrip("/"), read_json(self._bytes(tree[path]) or b"") or {})
             for path in paths
@@ -211,12 +195,10 @@ class History:
 
     # Writing
 
-    def start(self, key: int, author: str) -> str:
+    def start(self, key: int, author: str) -> None:
         """The empty first commit of a new repo."""
         with self._database.write():
-            commit = self._record(key, None, {}, "initial commit", "", author)
-            self._point(key, MAIN, commit, {})
-        return commit
+            self._point(key, MAIN, self._record(key, None, Tree(), "initial commit", "", author), Tree())
 
     def apply(
         self,
@@ -232,7 +214,7 @@ class History:
         """Make one commit of all changes, or none.
 
         Args:
-            parent: the commit the changes were made for; any, where it is None.
+            parent: the commit the changes were made for, or the start of its id; any, where it is None.
 
         Returns:
             the new commit.
@@ -248,23 +230,45 @@ class History:
             head = self.refs(key).get(reference)
             if head is None or not reference.startswith("refs/heads/"):
                 raise HubError(404, f"There is no branch {branch[:200]!r} to commit to.", "RevisionNotFound")
-            if parent is not None and parent != head:
+            if parent is not None and not (len(parent) >= _SHORT_ID and head.startswith(parent)):
                 raise HubError(412, f"A commit has happened since {parent[:40]}: the branch is at {head} now.")
-            tree = dict(self.tree(key, head))
+            draft = Draft(self.tree(key, head))
             for change in changes:
-                self._change(tree, change, caller)
-            _refuse_files_that_are_folders(tree)
+                self._change(draft, change, caller)
+            tree = draft.finish()
             author = caller.require_user()
             commit = self._record(key, head, tree, title, message, author)
             self._point(key, reference, commit, tree)
         return commit
 
     def squash(self, key: int, branch: str, title: str, author: str) -> None:
-        """Forget how a branch came about: one commit holds all its files."""
+        """Forget how a branch came about: one commit holds all its files, and what no other branch or tag reaches is
+        gone with the commits that had it."""
         reference = check_reference(f"refs/heads/{branch}")
         with self._database.write():
             tree = self.tree(key, self.resolve(key, reference))
             self._point(key, reference, self._record(key, None, tree, title, "", author), tree)
+            self.forget_unreached(key)
+
+    def forget_unreached(self, key: int) -> None:
+        """Drop the commits of a repo that no branch and no tag leads to, and its claim to files that only they had."""
+        with self._database.write() as connection:
+            dropped = connection.execute(
+                "WITH RECURSIVE reached(id) AS (SELECT target FROM refs WHERE repo = :key UNION "
+                "SELECT parent FROM reached JOIN commits USING (id) WHERE repo = :key AND parent IS NOT NULL) "
+                "DELETE FROM commits WHERE repo = :key AND id NOT IN reached RETURNING tree",
+                {"key": key},
+            ).fetchall()
+            kept = {row["tree"] for row in connection.execute("SELECT tree FROM commits WHERE repo = ?", (key,))}
+            gone = self._files_of({row["tree"] for row in dropped} - kept)
+            if gone:
+                gone -= self._files_of(kept)
+            connection.executemany(
+                "DELETE FROM repo_files WHERE repo = ? AND sha256 = ?", [(key, sha256) for sha256 in gone]
+            )
+
+    def _files_of(self, trees: set[str]) -> set[str]:
+        return {entry.sha256 for digest in trees for entry in self._load_tree(digest).values()}
 
     def add_ref(self, key: int, reference: str, revision: str) -> None:
         check_reference(reference)
@@ -283,18 +287,14 @@ class History:
             if not connection.execute("DELETE FROM refs WHERE repo = ? AND name = ?", (key, reference)).rowcount:
                 raise HubError(404, f"Reference {reference} does not exist.", "RevisionNotFound")
 
-    def _change(self, tree: dict[str, Entry], change: Add | Delete, caller: Caller) -> None:
+    def _change(self, draft: Draft, change: Add | Delete, caller: Caller) -> None:
         path = check_path(change.path.rstrip("/"))
         if isinstance(change, Add):
-            tree[path] = self._entry(change, caller)
+            draft.put(path, self._entry(change, caller))
         elif change.is_folder:
-            gone = [name for name in tree if name.startswith(f"{path}/")]
-            if not gone:
-                raise HubError(404, f"There is no folder {path!r} to delete.", "EntryNotFound")
-            for name in gone:
-                del tree[name]
-        elif tree.pop(path, None) is None:
-            raise HubError(404, f"There is no file {path!r} to delete.", "EntryNotFound")
+            draft.delete_folder(path)
+        else:
+            draft.delete(path)
 
     def _entry(self, add: Add, caller: Caller) -> Entry:
         if add.is_lfs:
@@ -308,7 +308,7 @@ class History:
         return Entry(add.sha256, len(data), git_oid(data), is_lfs=False)
 
     def _record(self, key: int, parent: str | None, tree: Tree, title: str, message: str, author: str) -> str:
-        rows = [[path, *vars(entry).values()] for path, entry in sorted(tree.items())]
+        rows = [[path, *vars(entry).values()] for path, entry in tree.items()]
         entries = json.dumps(rows, separators=(",", ":")).encode()
         digest, date = hashlib.sha256(entries).hexdigest(), now()
         identity = json.dumps([key, parent, digest, title, message, author, date]).encode()
@@ -327,7 +327,7 @@ class History:
     def _load_tree(self, digest: str) -> Tree:
         with self._database.read() as connection:
             row = connection.execute("SELECT entries FROM trees WHERE digest = ?", (digest,)).fetchone()
-        return {path: Entry(*fields) for path, *fields in json.loads(zlib.decompress(row["entries"]))}
+        return Tree((path, Entry(*fields)) for path, *fields in json.loads(zlib.decompress(row["entries"])))
 
     def _point(self, key: int, reference: str, commit: str, tree: Tree) -> None:
         with self._database.write() as connection:
@@ -352,17 +352,3 @@ class History:
         )
         connection.execute("DELETE FROM repo_tags WHERE repo = ?", (key,))
         connection.executemany("INSERT OR IGNORE INTO repo_tags VALUES (?, ?)", [(tag, key) for tag in tags])
-
-
-def _refuse_files_that_are_folders(tree: Tree) -> None:
-    folders = {folder for path in tree for folder in folders_of(path)}
-    if both := sorted(folders & tree.keys()):
-        raise HubError(400, f"{both[0]!r} would be a file and a folder: delete one of them first.")
-
-
-def folders_of(path: str) -> Iterator[str]:
-    """Every folder a path lies in, the outermost first."""
-    at = path.find("/")
-    while at != -1:
-        yield path[:at]
-        at = path.find("/", at + 1)

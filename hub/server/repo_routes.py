@@ -7,12 +7,13 @@ from urllib.parse import urlencode
 from starlette.responses import JSONResponse, Response
 
 from .errors import HubError
-from .history import Tree, lfs_pointer
 from .metadata import CardError, card_metadata
 from .names import RepoId, repo_id
 from .repos import MAX_PAGE, Query, Repo
 from .routing import Call, route
+from .tree import Tree
 
+_VISIBILITIES = (("visibility", "private"), ("visibility", "public"), ("private", True), ("private", False))
 _FILTERS = ("filter", "other", "library", "pipeline_tag", "language")
 
 
@@ -20,7 +21,7 @@ _FILTERS = ("filter", "other", "library", "pipeline_tag", "language")
 def create(call: Call) -> Response:
     repo = _named(call)
     author = call.caller.require_writer(repo.namespace)
-    private = call.body.get("visibility") == "private" or call.body.get("private") is True
+    private = bool(_wants_private(call.body))
     url = f"{call.base}{repo.page}"
     try:
         call.hub.storage.repos.create(repo, private=private, author=author)
@@ -53,12 +54,28 @@ def move(call: Call) -> Response:
 @route("PUT", "/api/{type}/{repo}/settings")
 def settings(call: Call) -> Response:
     repo = call.hub.storage.repos.find_for_writing(call.repo_id, call.caller)
-    unknown = sorted(set(call.body or ()) - {"visibility", "private"})
-    if unknown or not isinstance(call.body, dict):
+    settings = call.body if isinstance(call.body, dict) else {}
+    if unknown := sorted(settings.keys() - {"visibility", "private"}):
         raise HubError(400, f"A repo of this hub can be made private or public; it has no setting {unknown[:5]}.")
-    private = call.body.get("private", call.body.get("visibility") == "private")
-    call.hub.storage.repos.set_private(repo, bool(private))
+    private = _wants_private(settings)
+    if private is None:
+        raise HubError(400, "A repo of this hub is private or public: say which.")
+    call.hub.storage.repos.set_private(repo, private)
     return JSONResponse({})
+
+
+def _wants_private(body: dict[str, Any]) -> bool | None:
+    """Whether the body asks for a private repo; None where it does not say.
+
+    Raises:
+        HubError: 400, it does not say so plainly.
+    """
+    asked = [(name, body[name]) for name in ("visibility", "private") if body.get(name) is not None]
+    if not asked:
+        return None
+    if len(asked) > 1 or not any(asked[0] == known for known in _VISIBILITIES):
+        raise HubError(400, f"A repo of this hub is private or public, not {str(dict(asked))[:100]}.")
+    return asked[0][1] in ("private", True)
 
 
 def _named(call: Call) -> RepoId:
@@ -118,9 +135,7 @@ def check_access(call: Call) -> Response:
 
 def _info(call: Call, revision: str) -> Response:
     repo = call.hub.storage.repos.find(call.repo_id, call.caller)
-    history = call.hub.storage.history
-    commit = history.commit(repo.key, history.resolve(repo.key, revision))
-    tree = history.tree(repo.key, commit.id)
+    commit, tree = call.hub.storage.history.at(repo.key, revision)
     return JSONResponse(
         {
             **summary(repo),
@@ -160,12 +175,9 @@ def summary(repo: Repo) -> dict[str, Any]:
 
 def _siblings(tree: Tree, *, with_sizes: bool) -> list[dict[str, Any]]:
     siblings: list[dict[str, Any]] = []
-    for path, entry in sorted(tree.items()):
+    for path, entry in tree.items():
         sibling: dict[str, Any] = {"rfilename": path}
         if with_sizes:
-            sibling |= {"size": entry.size, "blobId": entry.oid}
-            if entry.is_lfs:
-                pointer = len(lfs_pointer(entry.sha256, entry.size))
-                sibling["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": pointer}
+            sibling |= {"size": entry.size, "blobId": entry.oid, **entry.lfs("sha256")}
         siblings.append(sibling)
     return siblings

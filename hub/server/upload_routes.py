@@ -16,10 +16,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .errors import HubError
-from .history import Add, Delete, Entry, History
+from .history import Add, Delete, History
 from .names import check_path
 from .repos import Repo
 from .routing import Call, parse_json, read_lines, route, stream_route
+from .tree import Entry
 
 _WRITTEN_AT_ONCE = 2 << 20  # bytes that a thread hashes and writes in one go
 _KEPT_AT_ONCE = 4 << 20  # bytes of small files that are written to the database in one go
@@ -30,8 +31,7 @@ _MAX_CHANGES = 50_000
 def choose_modes(call: Call) -> Response:
     """Which files come inside the commit (`regular`) and which apart (`lfs`), and which are here already."""
     repo = call.hub.storage.repos.find_for_writing(call.repo_id, call.caller)
-    history = call.hub.storage.history
-    tree = history.tree(repo.key, history.resolve(repo.key, call.arguments["revision"]))
+    _, tree = call.hub.storage.history.at(repo.key, call.arguments["revision"])
     told, large = [], 0
     for file in call.field("files", list):
         path, size = _text(file, "path"), _integer(file, "size")
@@ -63,9 +63,8 @@ async def commit(call: Call) -> Response:
     try:
         header, changes = await _read_commit(call, small)
         commit_id = await run_in_threadpool(_apply, call, repo, header, changes)
-    except BaseException:
-        await small.forget()
-        raise
+    finally:
+        await small.settle()
     address = f"{call.base}{repo.id.page}"
     told = {"success": True, "commitOid": commit_id, "commitUrl": f"{address}/commit/{commit_id}", "hookOutput": ""}
     return JSONResponse(told)
@@ -90,7 +89,7 @@ class _SmallFiles:
     def __init__(self, history: History) -> None:
         self._history = history
         self._waiting: dict[str, bytes] = {}
-        self._kept: dict[str, str] = {}
+        self._added: set[str] = set()
         self._size = 0
 
     async def add(self, data: bytes) -> str:
@@ -103,13 +102,13 @@ class _SmallFiles:
         return sha256
 
     async def flush(self) -> None:
-        self._kept |= await run_in_threadpool(self._history.add_contents, self._waiting)
+        await run_in_threadpool(self._history.add_contents, self._waiting, self._added)
         self._waiting, self._size = {}, 0
 
-    async def forget(self) -> None:
-        """Give the room back: the commit failed. On a full disk that may fail too; `loramux hub clean` does it then."""
+    async def settle(self) -> None:
+        """Give back the room of what was not committed. A full disk may forbid it; `loramux hub clean` does it then."""
         with suppress(sqlite3.OperationalError):
-            await run_in_threadpool(self._history.forget_contents, self._kept)
+            await run_in_threadpool(self._history.settle_contents, self._added)
 
 
 async def _read_commit(call: Call, small: _SmallFiles) -> tuple[dict[str, Any], list[Add | Delete]]:
@@ -218,16 +217,21 @@ async def lfs_part(call: Call) -> Response:
 @route("POST", "/_lfs/{sha256}/{size}/{upload}/complete", has_own_rights=True)
 def lfs_complete(call: Call) -> Response:
     user, sha256, size = _check_link(call), call.arguments["sha256"], int(call.arguments["size"])
-    call.hub.storage.files.open_partial(call.arguments["upload"]).keep(sha256, size)
-    call.hub.storage.history.record_upload(sha256, user)
+    history, partial = call.hub.storage.history, call.hub.storage.files.open_partial(call.arguments["upload"])
+    with partial.closed():
+        if history.was_sent_by(sha256, size, user=user):  # clients ask again when the answer got lost
+            partial.discard()
+        else:
+            partial.keep(sha256, size)
+            history.record_upload(sha256, user)
     return JSONResponse({})
 
 
 @route("POST", "/_lfs/{sha256}/{size}/verify", has_own_rights=True)
 def lfs_verify(call: Call) -> Response:
-    _check_link(call)
-    if call.hub.storage.files.size(call.arguments["sha256"]) != int(call.arguments["size"]):
-        raise HubError(404, f"sha256 {call.arguments['sha256']} was not uploaded.")
+    user, sha256, size = _check_link(call), call.arguments["sha256"], int(call.arguments["size"])
+    if not call.hub.storage.history.was_sent_by(sha256, size, user=user):
+        raise HubError(404, f"sha256 {sha256} was not uploaded.")
     return JSONResponse({})
 
 
