@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hub_cases import RunningHub, running_hub
 from huggingface_hub import CommitOperationAdd
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from loramux.hub.server.card import render_card
 from loramux.hub.server.metadata import results
@@ -153,6 +153,31 @@ def test_two_adapters_are_compared(page: Page, hub: RunningHub) -> None:
     assert rows["method"] == ["moa", "smora"]
     assert rows["rank"] == ["8", "8"]
     assert "mia/smora: exact match" in page.locator("svg text").all_text_contents()
+
+
+def test_a_slow_answer_does_not_replace_a_later_page(page: Page, hub: RunningHub) -> None:
+    held: list[Route] = []
+    page.route("**/_page/models/mia/moa", lambda route: held.append(route))
+    with page.expect_request("**/_page/models/mia/moa"):
+        page.click("a[data-repo='mia/moa']")
+    page.click("a[data-repo='mia/smora']")
+    expect(page.locator("#detail h1").first).to_have_text("mia/smora")
+    with page.expect_response("**/_page/models/mia/moa"):
+        held[0].continue_()
+    page.wait_for_timeout(200)
+    expect(page.locator("#detail h1").first).to_have_text("mia/smora")
+    assert page.title() == "mia/smora"
+
+
+def test_the_size_is_of_all_files_however_few_are_listed(hub: RunningHub) -> None:
+    client = hub.client()
+    client.create_repo("mia/many")
+    files = [CommitOperationAdd(f"{number:04}.txt", b"12345") for number in range(1002)]
+    client.create_commit("mia/many", files, commit_message="many")
+    with hub.web() as web:
+        told = web.get("/_page/models/mia/many").json()
+    assert (len(told["files"]), told["size"]) == (1000, 5010)
+    client.delete_repo("mia/many")
 
 
 def test_what_is_missing_is_told(page: Page, hub: RunningHub) -> None:

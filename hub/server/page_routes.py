@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.resources import files
+from itertools import islice
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -12,7 +13,9 @@ from .metadata import results
 from .repo_routes import summary
 from .routing import Call, route
 
-FACETS = {"base": "base_model:adapter:", "task": "task:", "method": "loramux:"}
+_BASE = "base_model:adapter:"
+FACETS = {"base": _BASE, "task": "task:", "method": "loramux:"}
+_FILES_SHOWN = 1000
 _MEDIA_TYPES = {"hub.css": "text/css", "hub.js": "text/javascript"}
 # Scripts and styles are ours; pictures are files of the hub, or of `blob:` where a token had to be sent for them.
 _POLICY = (
@@ -50,11 +53,12 @@ def card(call: Call) -> Response:
     text, adapter = history.text(tree.get(CARD)) or "", history.first_adapter(tree)
     told: dict[str, Any] = {
         **summary(repo),
-        "base": next((tag.split(":", 2)[2] for tag in repo.tags if tag.startswith("base_model:adapter:")), None),
+        "base": next((tag[len(_BASE) :] for tag in repo.tags if tag.startswith(_BASE)), None),
         "rank": repo.facts.get("config", {}).get("peft", {}).get("r"),
         "folder": adapter and adapter[0],
         "results": results(repo.card or {}),
-        "files": [{"path": path, "size": entry.size} for path, entry in sorted(tree.items())[:1000]],
+        "size": sum(entry.size for entry in tree.values()),
+        "files": [{"path": path, "size": entry.size} for path, entry in islice(tree.items(), _FILES_SHOWN)],
         "card": render_card(text, f"{call.request.scope.get('root_path', '')}{repo.id.page}/resolve/main/"),
     }
     return JSONResponse(told)

@@ -72,7 +72,7 @@ async function fillFilters() {
   }
 }
 
-// One adapter
+// One adapter. Pages are made whole, as a title and what goes below it, and shown if nobody has gone elsewhere meanwhile.
 
 async function show(repo, type) {
   const told = await (await ask(at(`_page/${type}/${repo}`))).json();
@@ -86,8 +86,7 @@ async function show(repo, type) {
   card.innerHTML = told.card;
   showPrivateImages(card);
   parts.push(card, make("h2", {}, "Files"), files(type === "models" ? repo : `${type}/${repo}`, told.files));
-  byId("detail").replaceChildren(...parts);
-  document.title = repo;
+  return [repo, parts];
 }
 
 // What repos say about themselves is quoted: these lines are pasted and run.
@@ -197,7 +196,7 @@ async function compare(one, two) {
     rank: (repo) => String(repo.rank ?? ""),
     tasks: (repo) => namesOf(repo.tags, "task:").join(", "),
     licence: (repo) => namesOf(repo.tags, "license:").join(", "),
-    size: (repo) => size(repo.files.reduce((sum, file) => sum + file.size, 0)),
+    size: (repo) => size(repo.size),
     changed: (repo) => repo.lastModified.slice(0, 10),
     downloads: (repo) => String(repo.downloads),
   };
@@ -208,8 +207,7 @@ async function compare(one, two) {
   const parts = [make("h1", {}, "Compared"), make("table", {}, head, ...rows)];
   const measured = told.map((repo, index) => ({ name: [one, two][index], results: repo.results }));
   if (told.some((repo) => repo.results.length)) parts.push(make("h2", {}, "Results"), chart(measured));
-  byId("detail").replaceChildren(...parts);
-  document.title = `${one} and ${two}`;
+  return [`${one} and ${two}`, parts];
 }
 
 const link = (repo) => make("a", { href: at(repo), "data-page": "" }, repo);
@@ -229,28 +227,32 @@ function mark(repo) {
 
 const path = () => location.pathname.slice(root.pathname.length);
 
+let routed = 0;
 async function route() {
-  const here = new URLSearchParams(location.search);
-  const parts = path().split("/").map(decodeURIComponent);
-  const type = ["datasets", "spaces"].includes(parts[0]) ? parts.shift() : "models";
-  try {
-    if (path() === "_compare") await compare(here.get("one"), here.get("two"));
-    else if (path()) await show(parts.slice(0, 2).join("/"), type);
-    else welcome();
-  } catch (error) {
-    byId("detail").replaceChildren(make("p", { class: "trouble" }, error.message));
-  }
+  const number = ++routed;
+  const page = await find().catch((error) => ["Adapters", [make("p", { class: "trouble" }, error.message)]]);
+  if (number !== routed) return; // a later page is on its way
+  document.title = page[0];
+  byId("detail").replaceChildren(...page[1]);
   showCurrent();
 }
 
+async function find() {
+  const here = new URLSearchParams(location.search);
+  const parts = path().split("/").map(decodeURIComponent);
+  const type = ["datasets", "spaces"].includes(parts[0]) ? parts.shift() : "models";
+  if (path() === "_compare") return compare(here.get("one"), here.get("two"));
+  return path() ? show(parts.slice(0, 2).join("/"), type) : welcome();
+}
+
 function welcome() {
-  document.title = "Adapters";
   const endpoint = `export HF_ENDPOINT=${root.href.replace(/\/$/, "")}`;
-  byId("detail").replaceChildren(
+  const parts = [
     make("h1", {}, "Adapters on this hub"),
     make("p", {}, "Choose one, or mark two with c to compare them. Every Hugging Face client works with this hub:"),
     make("pre", {}, `${endpoint}\nhf download OWNER/NAME\nloramux publish RUN OWNER/NAME`),
-  );
+  ];
+  return ["Adapters", parts];
 }
 
 function showCurrent() {
