@@ -319,7 +319,7 @@ class Engine:
         try:
             grammar = self._grammars.compile(sampling.schema) if sampling.schema is not None else None
         except Exception as error:
-            self._tell(request, Failed("invalid_schema", str(error)))
+            self._tell(request, Failed("invalid_schema", str(error), 400))
             return None
         text = TextStream(self.tokenizer, sampling.stop, streams=request.streams)
         return Row(request, RowSampler(sampling, grammar, self._model.device), text, list(request.prompt))
@@ -414,7 +414,7 @@ class Engine:
         _log.exception("a step failed")
         failure = _engine_error(error)
         for row in rows:
-            self._tell(row.request, Failed(failure.code, str(failure)))
+            self._tell(row.request, Failed(failure.code, str(failure), failure.status))
 
 
 def _engine_error(error: Exception) -> ServingError:

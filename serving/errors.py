@@ -13,8 +13,11 @@ class ServingError(LoramuxError):
     """
 
     def __init__(self, code: str, message: str, status: int = 400) -> None:
-        super().__init__(message)
+        super().__init__(code, message, status)  # what it is made of again in another process
         self.code, self.message, self.status = code, message, status
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def is_out_of_memory(error: BaseException) -> bool:

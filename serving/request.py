@@ -114,10 +114,11 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A request that the engine could not serve, with a stable code."""
+    """A request that the engine could not serve, with a stable code and the HTTP status it is answered with."""
 
     code: str
     message: str
+    status: int = 500
 
 
 Event = Chunk | Finished | Failed

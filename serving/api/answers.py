@@ -17,7 +17,6 @@ from .service import Service
 
 log = logging.getLogger("loramux.serving")
 
-_STATUS = {"invalid_schema": 400, "out_of_memory": 503}
 _SEEDS = 1 << 63
 
 
@@ -126,7 +125,7 @@ class Answers:
 
 def failure(event: Failed) -> ServingError:
     """An answer that failed, as a refusal."""
-    return ServingError(event.code, event.message, _STATUS.get(event.code, 500))
+    return ServingError(event.code, event.message, event.status)
 
 
 def too_late(service: Service) -> ServingError:

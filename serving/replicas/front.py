@@ -1,6 +1,7 @@
 """What stands before the replicas: the ports of the HTTP side, answered by handles of Ray Serve."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,10 @@ from ..choice import Choice
 from ..engine import EngineStats
 from ..errors import ServingError
 from ..generations import AdapterInfo, Lease
-from ..request import Event, Failed, Finished, Request
+from ..request import Chunk, Failed, Finished, Request
 from .replica import BaseFacts, Content, RemoteRoute
+
+log = logging.getLogger("loramux.serving")
 
 _CANCEL_S = 0.1
 _THREADS = 16
@@ -37,8 +40,10 @@ def embedder(replicas: Any) -> Callable[[list[list[int]]], "Future[Tensor]"]:
     return lambda prompts: threads.submit(lambda: call(replicas.embed.remote(prompts).result))
 
 
-def _refusal(error: RayTaskError) -> Exception:
-    return error.cause if isinstance(error.cause, ServingError) else error
+def _refusal(error: Exception) -> Exception:
+    """What a replica refused, out of Ray's error around it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, ServingError) else error
 
 
 class RemoteEngine:
@@ -67,6 +72,21 @@ class RemoteEngine:
         return EngineStats(len(self._running), 0, 0, {}, 0, 0, self._finished, self._tokens)
 
     async def _answer(self, request: Request) -> None:
+        """The events of a replica, of which an end is the last whatever becomes of the replica."""
+        end: Finished | Failed = Finished("cancelled", len(request.prompt), 0)
+        try:
+            end = await self._relayed(request)
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:
+            if not request.is_cancelled:
+                end = _failed(error)
+        self._finished += 1
+        if isinstance(end, Finished):
+            self._tokens += end.completion_tokens
+        request.emit(end)
+
+    async def _relayed(self, request: Request) -> Finished | Failed:
         contents = getattr(request.route, "contents", ())
         seconds = None if request.deadline is None else request.deadline - time.monotonic()
         handle = self._replicas.options(stream=True, multiplexed_model_id=contents[0][0].generation if contents else "")
@@ -74,25 +94,26 @@ class RemoteEngine:
             request.prompt, request.sampling, request.route.name, contents, seconds, request.streams
         )
         watch = asyncio.get_running_loop().create_task(_cancel_with(request, events))
-        last: Event = Finished("cancelled", len(request.prompt), 0)
+        end = None
         try:
             async for event in events:
-                last = event
-                if isinstance(event, Finished):
-                    self._tokens += event.completion_tokens
-                request.emit(event)
-        except RayTaskError as error:
-            refusal = _refusal(error)
-            code = refusal.code if isinstance(refusal, ServingError) else "engine_error"
-            request.emit(Failed(code, str(refusal)))
-        except asyncio.CancelledError:
-            request.emit(Finished("cancelled", len(request.prompt), 0))
-        else:
-            if not isinstance(last, Finished | Failed):
-                request.emit(Failed("engine_error", "the replica ended before the answer did"))
+                if isinstance(event, Chunk):
+                    request.emit(event)
+                else:
+                    end = event
         finally:
             watch.cancel()
-            self._finished += 1
+        if end is None:
+            raise RuntimeError("the replica ended before the answer did")
+        return end
+
+
+def _failed(error: Exception) -> Failed:
+    refusal = _refusal(error)
+    if isinstance(refusal, ServingError):
+        return Failed(refusal.code, refusal.message, refusal.status)
+    log.error("a replica failed", exc_info=error)
+    return Failed("engine_error", "the replica that made this answer failed; the server's log says why")
 
 
 async def _cancel_with(request: Request, events: Any) -> None:
