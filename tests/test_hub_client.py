@@ -390,6 +390,23 @@ def test_what_a_squash_forgets_is_gone(local_hub: RunningHub, repo: str, http: h
     assert http.get(f"/{repo}/resolve/v1/tagged.txt").text == "tagged"
 
 
+def test_squashes_between_commits_lose_none_of_them(local_hub: RunningHub, repo: str, tmp_path: Path) -> None:
+    def change(number: int) -> None:
+        client = local_hub.client()
+        if number % 4:
+            client.upload_file(repo_id=repo, path_or_fileobj=b"%d" % number, path_in_repo=f"{number}.txt")
+        else:
+            client.super_squash_history(repo)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(change, range(24)))
+    client = local_hub.client()
+    client.super_squash_history(repo)
+    clean(local_hub.storage, timedelta(seconds=-1))
+    kept = Path(client.snapshot_download(repo, cache_dir=tmp_path))
+    assert {path.name: path.read_text() for path in kept.iterdir()} == {f"{n}.txt": str(n) for n in range(24) if n % 4}
+
+
 def test_a_file_that_a_private_repo_has_is_not_given_away_by_its_hash(tmp_path: Path) -> None:
     data = os.urandom(1_200_000)
     with running_hub(tmp_path) as hub:

@@ -60,7 +60,7 @@ class Tree(dict[str, Entry]):
         for name in _COUNTED:
             if found := frozenset(path for path in self if path.rsplit("/", 1)[-1] == name):
                 return found
-        return frozenset(sorted(self, key=lambda path: self[path].size)[-1:])
+        return frozenset([max(self, key=lambda path: self[path].size)] if self else [])
 
 
 class Draft:
