@@ -20,7 +20,7 @@ class Keys:
     Attributes:
         clients: may ask for answers.
         admin: may also load and unload adapters.
-        is_open: without keys, whoever reaches the server may do everything.
+        is_open: without any key, whoever is on this machine may do everything.
     """
 
     clients: tuple[bytes, ...] = field(default=(), repr=False)
@@ -28,11 +28,15 @@ class Keys:
     is_open: bool = True
 
     @classmethod
-    def read(cls, config: ServeConfig, environment: Mapping[str, str]) -> "Keys":
+    def read(cls, config: ServeConfig, environment: Mapping[str, str], *, is_local: bool | None = None) -> "Keys":
         """Keys from their files or the environment.
 
+        Args:
+            is_local: whether only this machine can reach the server; as `config.host` says where not given.
+
         Raises:
-            ConfigError: a file cannot be read, a key is short, or others could reach a server without keys.
+            ConfigError: a file cannot be read or holds no key, a key is short, or others could reach a server without
+                keys.
         """
         clients = _lines(config.api_keys_file) or _split(environment.get(API_VARIABLE, ""), ",")
         admin = _lines(config.admin_key_file) or _split(environment.get(ADMIN_VARIABLE, ""), "\n")
@@ -41,12 +45,13 @@ class Keys:
                 raise ConfigError(f"a key has {len(key)} characters; give at least {_SHORTEST}, drawn at random")
         if len(admin) > 1:
             raise ConfigError(f"there is one admin key, and {len(admin)} are given")
-        if not clients and not config.is_local and not config.anyone:
+        is_local = config.is_local if is_local is None else is_local
+        if not (clients or is_local or config.anyone):
             raise ConfigError(
-                f"host {config.host!r} is open to other machines: give api_keys_file (or {API_VARIABLE}), "
+                f"other machines can reach this server: give api_keys_file (or {API_VARIABLE}), "
                 "or set anyone=true where something in front of the server keeps strangers out"
             )
-        is_open = not clients and not admin and config.is_local
+        is_open = not (clients or admin or config.anyone)
         return cls(tuple(key.encode() for key in clients), admin[0].encode() if admin else None, is_open)
 
     def check_client(self, authorization: str | None) -> None:
@@ -87,9 +92,12 @@ def _lines(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        return _split(file.read_text(encoding="utf-8"), "\n")
+        keys = _split(file.read_text(encoding="utf-8"), "\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: the keys cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not keys:
+        raise ConfigError(f"{file}: holds no key; write one a line, or leave the setting out")
+    return keys
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
         self.service, self.engine = service, engine
         self._drained_by: float | None = None
         app = build_app(service)
-        if service.keys.is_open and not service.config.anyone:
+        if not service.keys.clients and not service.config.anyone:
             app.add_middleware(ThisMachineOnly, host=service.config.host)
         super().__init__(
             uvicorn.Config(

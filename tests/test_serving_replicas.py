@@ -29,7 +29,7 @@ def url(loras: Path, tmp_path_factory: pytest.TempPathFactory):
     from loramux.serving.replicas.app import build
 
     settings = tmp_path_factory.mktemp("settings") / "serve.yaml"
-    settings.write_text(f"base: loramux/tiny\nadapters: [{loras}]\n")
+    settings.write_text(f"base: loramux/tiny\nadapters: [{loras}]\nanyone: true\n")
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LORAMUX_ADMIN_KEY": KEY}
     os.environ["LORAMUX_ADMIN_KEY"] = KEY
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True, runtime_env={"env_vars": environment})

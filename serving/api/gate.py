@@ -9,6 +9,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -67,7 +68,7 @@ class Gate:
             self._note(scope, visit)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        path, keys = scope["path"], self.service.keys
+        path, keys = get_route_path(scope), self.service.keys  # what the routes are found by, also below a prefix
         if path in PUBLIC or path.startswith(PAGE):
             return
         authorization = headers.get("authorization")
@@ -107,7 +108,7 @@ class ThisMachineOnly:
         if scope["type"] == "http":
             given = Headers(scope=scope).get("host", "")
             if _PORT.sub("", given) not in self._names:
-                message = "this server has no keys and answers this machine alone, by its own name; set keys, or anyone"
+                message = "without API keys the server answers this machine alone, by its own name; set keys, or anyone"
                 await error_response("host_forbidden", message, 403)(scope, receive, send)
                 return
         await self.app(scope, receive, send)

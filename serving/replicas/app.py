@@ -21,8 +21,6 @@ from .choosing import Choosing
 from .front import RemoteChooser, RemoteEngine, RemoteStore
 from .replica import Replica
 
-_KEYS = ("LORAMUX_API_KEYS", "LORAMUX_ADMIN_KEY")
-
 
 def build(arguments: dict[str, str]) -> Any:
     """The application.
@@ -36,6 +34,7 @@ def build(arguments: dict[str, str]) -> Any:
         RunError: a run that is named is not finished, or damaged.
     """
     config = load_serve_config(Path(arguments["config"]) if "config" in arguments else None, [], {})
+    keys = Keys.read(config, os.environ, is_local=False)  # where Ray listens is not for us to say
     places = {run: run_adapters(run) for run in config.runs}
     if config.runs:
         recipe = RunFolder(config.runs[0]).read_recipe()
@@ -54,16 +53,15 @@ def build(arguments: dict[str, str]) -> Any:
     )
     choosing = serve.deployment(Choosing).options(**light).bind(to_data(config), replicas) if config.choice else None
     front = serve.deployment(serve.ingress()(Front)).options(**light)
-    keys = {key: os.environ[key] for key in _KEYS if key in os.environ}
     return front.bind(to_data(config), keys, replicas, choosing)
 
 
 class Front:
     """The routes of `loramux serve`, before the replicas."""
 
-    def __init__(self, settings: dict[str, Any], environment: dict[str, str], replicas: Any, choosing: Any) -> None:
+    def __init__(self, settings: dict[str, Any], keys: Keys, replicas: Any, choosing: Any) -> None:
         self._config = parse(ServeConfig, settings, where="settings")
-        self._environment, self._replicas, self._choosing = environment, replicas, choosing
+        self._keys, self._replicas, self._choosing = keys, replicas, choosing
 
     async def __serve_build_asgi_app__(self) -> Any:
         config, choosing = self._config, self._choosing
@@ -77,7 +75,7 @@ class Front:
             load_tokenizer(base, revision=config.revision),
             base,
             facts.vocabulary,
-            Keys.read(config, self._environment),
+            self._keys,
             chooser=None if choosing is None else RemoteChooser(choosing),
         )
         examples = {} if choosing is None else await choosing.examples.remote()
