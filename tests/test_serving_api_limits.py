@@ -1,6 +1,7 @@
 """What the server refuses, and how: each with a code that stays, in the shape OpenAI's clients read, and with no
 harm to anybody else."""
 
+import asyncio
 import json
 import logging
 import re
@@ -10,12 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from serving_cases import PROMPT, Live, live_server, wait_for, write_loras
 
 from loramux.bases import BUNDLED
+from loramux.serving.api import build_app
+from loramux.serving.api.admission import Admission
 from loramux.serving.api.gate import JsonLines
 from loramux.serving.config import ServeConfig, load_serve_config
+from loramux.serving.errors import ServingError
 from loramux.serving.keys import Keys
 from loramux.serving.launch import open_service
 from loramux.support.config import parse
@@ -80,7 +85,13 @@ def error_of(reply) -> tuple[int, str, str]:
         ("completions", {"stream_options": {}}, 400, "conflicting_parameters", "goes with stream: true"),
         ("chat/completions", {"top_logprobs": 2}, 400, "conflicting_parameters", "goes with logprobs: true"),
         ("chat/completions", {"tools": []}, 400, "unsupported_parameter", "tools"),
+        ("completions", {"prompt": [[]] * 500_000}, 400, "invalid_parameter", "prompt"),
+        ("completions", {"prompt": ["a", *[1] * 500_000]}, 400, "invalid_parameter", "prompt"),
+        ("completions", {f"k{n}": 1 for n in range(90_000)}, 400, "invalid_json", "at most 64 keys are allowed"),
+        ("completions", {"logit_bias": {f"k{n}": 1 for n in range(90_000)}}, 400, "invalid_parameter", "at most 1024"),
+        ("completions", {"adapters": {f"k{n}": "x" for n in range(90_000)}}, 400, "invalid_parameter", "at most 16"),
         ("chat/completions", {"messages": []}, 400, "invalid_parameter", "messages"),
+        ("chat/completions", {"messages": [{}] * 200_000}, 400, "missing_parameter", "messages.0.role"),
         ("chat/completions", {"messages": [{"role": "king", "content": ""}]}, 400, "invalid_parameter", "0.role"),
         ("chat/completions", {"response_format": {"type": "json_schema"}}, 400, "invalid_parameter", "json_schema"),
     ],
@@ -197,6 +208,27 @@ def test_any_key_asks_and_only_the_admin_key_changes(guarded, key):
     assert error_of(change)[:2] == ((404, "adapter_not_found") if key == ADMIN else (401, "invalid_api_key"))
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "key", "status"),
+    [
+        ("POST", "/v1/unload_lora_adapter", KEY, 401),
+        ("DELETE", "/v1/lora_adapters/nobody", KEY, 401),
+        ("DELETE", "/v1/lora_adapters/nobody", ADMIN, 404),
+        ("GET", "/v1/lora_adapters", KEY, 200),
+        ("GET", "/v1/lora_adapters", None, 401),
+        ("GET", "/health", None, 200),
+    ],
+)
+def test_keys_are_asked_for_below_a_prefix_as_well(guarded, method, path, key, status):
+    async def ask() -> httpx.Response:
+        below = httpx.ASGITransport(build_app(guarded.service), root_path="/api")
+        async with httpx.AsyncClient(transport=below, base_url="http://localhost") as client:
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            return await client.request(method, f"/api{path}", headers=headers)
+
+    assert asyncio.run(ask()).status_code == status
+
+
 @pytest.mark.parametrize("header", ["Bearer nearly-right", f"Basic {KEY}", KEY, "Bearer \xff"])
 def test_a_wrong_key_is_refused(guarded, header):
     reply = guarded.call("GET", "/v1/models", headers={"Authorization": header.encode("latin-1")})
@@ -209,6 +241,35 @@ def test_without_an_admin_key_nobody_changes_anything(loras):
     with pytest.raises(Exception, match="has no admin key") as caught:
         keys.check_admin(f"Bearer {KEY}")
     assert caught.value.status == 403
+
+
+def test_where_anyone_may_ask_nobody_changes_anything_without_a_key():
+    for host in ("127.0.0.1", "0.0.0.0"):
+        keys = Keys.read(ServeConfig(host=host, anyone=True), {})
+        keys.check_client(None)
+        with pytest.raises(ServingError, match="has no admin key"):
+            keys.check_admin(None)
+
+
+def test_a_server_behind_another_host_wants_keys():
+    message = "other machines can reach this server: give api_keys_file"
+    with pytest.raises(ConfigError, match=message):
+        Keys.read(ServeConfig(), {}, is_local=False)
+    with pytest.raises(ServingError, match="API key is missing"):
+        Keys.read(ServeConfig(), {"LORAMUX_API_KEYS": KEY}, is_local=False).check_client(None)
+
+
+def test_a_key_file_without_a_key_does_not_open_the_server(tmp_path):
+    (tmp_path / "keys").write_text("\n \n")
+    for setting in ("api_keys_file", "admin_key_file"):
+        with pytest.raises(ConfigError, match="keys: holds no key; write one a line, or leave the setting out"):
+            Keys.read(parse(ServeConfig, {setting: str(tmp_path / "keys")}, where="settings"), {})
+
+
+def test_an_admin_key_alone_leaves_the_server_to_this_machine(loras):
+    with live_server({"LORAMUX_ADMIN_KEY": ADMIN}, base=BUNDLED) as live:
+        assert b"host_forbidden" in raw(live, b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n")
+        assert live.call("GET", "/v1/models").status_code == 200
 
 
 def test_keys_come_from_files_and_never_show(tmp_path):
@@ -224,7 +285,7 @@ def test_keys_come_from_files_and_never_show(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "environment", "message"),
     [
-        ({"host": "0.0.0.0"}, {}, "is open to other machines: give api_keys_file"),
+        ({"host": "0.0.0.0"}, {}, "other machines can reach this server: give api_keys_file"),
         ({}, {"LORAMUX_API_KEYS": "short"}, "a key has 5 characters; give at least 16"),
         ({}, {"LORAMUX_ADMIN_KEY": f"{ADMIN}\n{KEY}"}, "there is one admin key, and 2 are given"),
         ({"api_keys_file": "/no/such"}, {}, "/no/such: the keys cannot be read: No such file"),
@@ -278,6 +339,42 @@ def test_an_answer_that_is_late_is_refused_whole_and_streamed():
         streamed = live.complete(**body, stream=True)
         assert '"code":"deadline_exceeded"' in streamed.text
         assert live.service.admission.in_flight == 0
+
+
+def test_the_time_that_an_adapter_takes_to_come_counts(loras, monkeypatch):
+    with live_server(adapters=[str(loras)], limits={"deadline_s": 0.3}) as live:
+        store = live.service.store
+        read = store.lease
+        monkeypatch.setattr(store, "lease", lambda name: time.sleep(0.5) or read(name))
+        assert error_of(live.complete(model="red"))[:2] == (504, "deadline_exceeded")
+        text = live.call("GET", "/metrics").text
+    assert float(re.search(r'request_seconds_sum\{adapter="red"\} (\S+)', text)[1]) >= 0.5
+
+
+def test_who_cannot_come_in_is_told_before_anything_is_read(live):
+    live.service.admission.is_draining = True
+    try:
+        assert error_of(live.complete(model="base", prompt="a " * 300))[:2] == (503, "shutting_down")
+        chat = live.call("POST", "/v1/chat/completions", json={**CHAT, "max_tokens": 101})
+        assert error_of(chat)[:2] == (503, "shutting_down")
+    finally:
+        live.service.admission.is_draining = False
+    assert error_of(live.complete(model="base", prompt="a " * 300))[1] == "context_length_exceeded"
+    assert live.service.admission.in_flight == 0
+
+
+def test_a_request_that_can_never_fit_is_not_told_to_come_back():
+    admission = Admission(slots=1, queue=1)
+    with pytest.raises(ServingError, match="wants 3 answers, and there is room for 2 in all") as caught:
+        admission.take(3)
+    assert (caught.value.code, caught.value.status) == ("too_many_answers", 400)
+
+
+def test_headers_stay_small_however_many_prompts_there_are(live):
+    mixed = {"model": "base", "adapters": {"red": 0.1234567, "green": 0.7654321}}
+    alike = live.complete(**mixed, prompt=[PROMPT] * 4)
+    assert alike.headers["x-loramux-adapter"] == "red+green"
+    assert len(alike.headers["x-loramux-generation"]) < 200
 
 
 def test_a_client_that_leaves_frees_its_place(live):

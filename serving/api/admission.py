@@ -1,8 +1,9 @@
 """Who may come in: answers in the making are counted, the queue is bounded, and a server that drains takes no more."""
 
-import asyncio
 import math
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..errors import ServingError
 
@@ -21,8 +22,6 @@ class Admission:
     def __init__(self, slots: int, queue: int) -> None:
         self._slots, self._capacity = slots, slots + queue
         self._seconds: deque[float] = deque(maxlen=_REMEMBERED)
-        self._idle = asyncio.Event()
-        self._idle.set()
         self.in_flight = 0
         self.is_draining = False
 
@@ -30,10 +29,15 @@ class Admission:
         """Admit a request of so many answers; `leave` is owed for each.
 
         Raises:
-            ServingError: 503 while draining, 429 where the queue has no room.
+            ServingError: 503 while draining, 429 where the queue has no room, 400 where it never will have.
         """
         if self.is_draining:
             raise ServingError("shutting_down", "the server is shutting down; ask another one, or later", 503)
+        if answers > self._capacity:
+            raise ServingError(
+                "too_many_answers",
+                f"this request wants {answers} answers, and there is room for {self._capacity} in all",
+            )
         if self.in_flight + answers > self._capacity:
             raise ServingError(
                 "queue_full",
@@ -42,15 +46,27 @@ class Admission:
                 429,
             )
         self.in_flight += answers
-        self._idle.clear()
+
+    @contextmanager
+    def admitted(self, answers: int) -> Iterator[None]:
+        """Admit a request before what comes first is done for it; where that fails, its places are free again.
+
+        Raises:
+            ServingError: as `take`.
+        """
+        self.take(answers)
+        try:
+            yield
+        except BaseException:
+            for _ in range(answers):
+                self.leave()
+            raise
 
     def leave(self, seconds: float | None = None) -> None:
         """One answer less; `seconds` is how long it took, where it was made at all."""
         self.in_flight -= 1
         if seconds is not None:
             self._seconds.append(seconds)
-        if not self.in_flight:
-            self._idle.set()
 
     def retry_after(self) -> int:
         """Seconds until there should be room again."""
@@ -58,11 +74,3 @@ class Admission:
             return 1
         mean = sum(self._seconds) / len(self._seconds)
         return min(max(math.ceil(mean * self.in_flight / self._slots), 1), _LONGEST_RETRY_S)
-
-    async def drained(self, timeout_s: float) -> bool:
-        """Wait until nothing is in the making; False where that takes too long."""
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError:
-            return False
-        return True

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -18,6 +18,9 @@ from .service import Service
 log = logging.getLogger("loramux.serving")
 
 _SEEDS = 1 << 63
+
+Read = Callable[[], Awaitable[tuple[list[list[int]], Sampling]]]
+"""Makes token ids and settings of what a client sent, which takes time that only those who are admitted may take."""
 
 
 class Answers:
@@ -36,32 +39,28 @@ class Answers:
         self.was_left = False
 
     @classmethod
-    async def begin(cls, service: Service, body: Generation, prompts: list[list[int]], sampling: Sampling) -> "Answers":
-        """Admit a request, find out what answers it, and hand it to the engine.
+    async def begin(cls, service: Service, body: Generation, prompts: int, read: Read) -> "Answers":
+        """Admit a request, read it, find out what answers it, and hand it to the engine.
 
         Raises:
-            ServingError: there is no room, nothing of that name is served, or the engine refuses.
+            ServingError: there is no room, it cannot be read, nothing of that name is served, or the engine refuses.
         """
-        total = len(prompts) * body.answers
-        if total > service.config.limits.answers:
+        arrived = time.monotonic()
+        if prompts * body.answers > service.config.limits.answers:
             raise ServingError(
                 "too_many_answers",
-                f"{len(prompts)} prompts with {body.answers} answers each; at most {service.config.limits.answers} "
+                f"{prompts} prompts with {body.answers} answers each; at most {service.config.limits.answers} "
                 "answers in one request",
             )
-        service.admission.take(total)
-        try:
-            selections = await select(service, body, prompts)
-        except BaseException:
-            for _ in range(total):
-                service.admission.leave()
-            raise
+        with service.admission.admitted(prompts * body.answers):
+            ids, sampling = await read()
+            selections = await select(service, body, ids)
         answers = cls(service, selections, body.answers)
-        answers._start(prompts, sampling, streams=bool(body.stream))
+        answers._start(ids, sampling, arrived, streams=bool(body.stream))
         return answers
 
-    def _start(self, prompts: list[list[int]], sampling: Sampling, *, streams: bool) -> None:
-        deadline = time.monotonic() + self._service.config.limits.deadline_s
+    def _start(self, prompts: list[list[int]], sampling: Sampling, arrived: float, *, streams: bool) -> None:
+        deadline = arrived + self._service.config.limits.deadline_s
         for number in sorted(self._open):
             which, copy = divmod(number, self._each)
             request = Request(
@@ -69,6 +68,7 @@ class Answers:
                 _seeded(sampling, copy),
                 self.selections[which].route,
                 self._emitter(number),
+                arrived=arrived,
                 deadline=deadline,
                 streams=streams,
             )

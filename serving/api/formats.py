@@ -100,7 +100,8 @@ class ChatFormat:
 
     @staticmethod
     def _one(text: str, logprob: float | None) -> Json:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        bytes_ = None if "\ufffd" in text else list(text.encode())  # what is a part of a character has no text
+        return {"token": text, "logprob": logprob, "bytes": bytes_}
 
 
 Format = CompletionFormat | ChatFormat
@@ -151,12 +152,13 @@ def usage(answers: Sequence[Answer]) -> Json:
 
 
 def answer_headers(selections: Sequence[Selection]) -> dict[str, str]:
-    """Headers that name what answered, prompt by prompt."""
-    return {
-        "X-Loramux-Adapter": ",".join(quote(selection.name, safe="+") for selection in selections),
-        "X-Loramux-Weight": ",".join(f"{selection.weight:.4f}" for selection in selections),
-        "X-Loramux-Generation": ",".join(quote(selection.route.weights, safe="+*:") for selection in selections),
+    """Headers that name what answered, as far as it is the same for all prompts: proxies take no long ones."""
+    told = {
+        "X-Loramux-Adapter": {quote(selection.name, safe="+") for selection in selections},
+        "X-Loramux-Weight": {f"{selection.weight:.4f}" for selection in selections},
+        "X-Loramux-Generation": {quote(selection.route.weights, safe="+*:") for selection in selections},
     }
+    return {header: values.pop() for header, values in told.items() if len(values) == 1}
 
 
 def _answered_by(selection: Selection) -> Json:

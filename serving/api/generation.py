@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import ServingError
 from ..request import Chunk, Event, Failed, Finished, Sampling
-from .answers import Answers, cancelled_with_client, failure, too_late
+from .answers import Answers, Read, cancelled_with_client, failure, too_late
 from .errors import error_body
 from .formats import Answer, ChatFormat, CompletionFormat, Format, Writer, answer_headers, usage
-from .prompts import chat_ids, prompt_ids
+from .prompts import chat_ids, listed, prompt_ids
 from .schemas import ChatBody, CompletionBody, Generation, ResponseFormat
 from .service import Service, service_of
 
@@ -26,10 +26,13 @@ _ANY_OBJECT = '{"type": "object"}'
 @router.post("/v1/completions", responses=_STREAMED)
 async def completions(body: CompletionBody, request: Request, service: Served) -> Response:
     """Continue one or several prompts."""
-    prompts = await prompt_ids(service, body.prompt)
-    tokens = body.max_tokens or min(_DEFAULT_TOKENS, _room(service, prompts))
-    sampling = _sampling(service, body, tokens, body.logprobs)
-    return await _answer(service, request, body, prompts, sampling, CompletionFormat())
+
+    async def read() -> tuple[list[list[int]], Sampling]:
+        prompts = await prompt_ids(service, body.prompt)
+        tokens = body.max_tokens or min(_DEFAULT_TOKENS, _room(service, prompts))
+        return prompts, _sampling(service, body, tokens, body.logprobs)
+
+    return await _answer(service, request, body, len(listed(body.prompt)), read, CompletionFormat())
 
 
 @router.post("/v1/chat/completions", responses=_STREAMED)
@@ -37,22 +40,25 @@ async def chat(body: ChatBody, request: Request, service: Served) -> Response:
     """Answer the last message of a conversation."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ServingError("conflicting_parameters", "top_logprobs goes with logprobs: true")
-    prompts = [await chat_ids(service, body.messages)]
-    tokens = body.max_completion_tokens or body.max_tokens or _room(service, prompts)
-    sampling = _sampling(service, body, tokens, (body.top_logprobs or 0) if body.logprobs else None)
-    return await _answer(service, request, body, prompts, sampling, ChatFormat())
+
+    async def read() -> tuple[list[list[int]], Sampling]:
+        prompts = [await chat_ids(service, body.messages)]
+        tokens = body.max_completion_tokens or body.max_tokens or _room(service, prompts)
+        return prompts, _sampling(service, body, tokens, (body.top_logprobs or 0) if body.logprobs else None)
+
+    return await _answer(service, request, body, 1, read, ChatFormat())
 
 
 async def _answer(
-    service: Service, request: Request, body: Generation, prompts: list[list[int]], sampling: Sampling, format_: Format
+    service: Service, request: Request, body: Generation, prompts: int, read: Read, format_: Format
 ) -> Response:
     if body.stream_options is not None and not body.stream:
         raise ServingError("conflicting_parameters", "stream_options goes with stream: true")
-    running = await Answers.begin(service, body, prompts, sampling)
+    running = await Answers.begin(service, body, prompts, read)
     made = [Answer(selection) for selection in running.selections for _ in range(body.answers)]
     writer = Writer(format_, body.model, made)
     headers = answer_headers(running.selections)
-    request.state.told = {"adapter": headers["X-Loramux-Adapter"]}
+    request.state.told = {"adapter": ",".join(dict.fromkeys(selection.name for selection in running.selections))}
     async with cancelled_with_client(request, running):
         if not body.stream:
             async for number, event in running.events():

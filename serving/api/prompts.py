@@ -13,19 +13,24 @@ from .service import Service
 Given = str | list[str] | list[int] | list[list[int]]
 
 
+def listed(given: Given) -> Sequence[Any]:
+    """One or several prompts, as several."""
+    return given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+
+
 async def prompt_ids(service: Service, given: Given) -> list[list[int]]:
     """The token ids of one or several prompts, given as text or as ids.
 
     Raises:
         ServingError: a prompt is empty, too long, or holds an id that the base does not know.
     """
-    listed: Sequence[Any] = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    if isinstance(listed[0], str):
-        texts = listed
-        listed = await service.with_text(lambda: [_encode(service, text) for text in texts], sum(map(len, texts)))
-    for number, ids in enumerate(listed):
-        _check(service, ids, f"prompt {number}" if len(listed) > 1 else "the prompt")
-    return list(listed)
+    prompts = listed(given)
+    if isinstance(prompts[0], str):
+        texts = prompts
+        prompts = await service.with_text(lambda: [_encode(service, text) for text in texts], sum(map(len, texts)))
+    for number, ids in enumerate(prompts):
+        _check(service, ids, f"prompt {number}" if len(prompts) > 1 else "the prompt")
+    return list(prompts)
 
 
 async def chat_ids(service: Service, messages: Sequence[Message]) -> list[int]:
