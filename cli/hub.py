@@ -4,10 +4,13 @@ import argparse
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..support.console import say, show_table
 from ..support.errors import RunError
+
+if TYPE_CHECKING:
+    from ..hub.server import Storage
 
 Commands = argparse._SubParsersAction
 DEFAULT_ROOT = Path.home() / ".loramux" / "hub"
@@ -34,7 +37,7 @@ def _add_token(commands: Commands) -> None:
     create = _command(actions, "create", "make a token, and its user where there is none", _create_token)
     create.add_argument("user", metavar="USER")
     create.add_argument("--read-only", action="store_true", help="it may download private repos, and change nothing")
-    create.add_argument("--days", type=int, metavar="N", help="it expires then (default: never)")
+    create.add_argument("--days", type=_days, metavar="N", help="it expires then (default: never)")
     create.add_argument("--note", default="", help="what it is for, shown by `list`")
     revoke = _command(actions, "revoke", "make a token invalid", _revoke_token)
     revoke.add_argument("id", metavar="ID", help="see `loramux hub token list`")
@@ -84,6 +87,13 @@ def _command(
     return parser
 
 
+def _days(text: str) -> int:
+    days = int(text)
+    if days < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}; leave it out for a token without end")
+    return days
+
+
 def _add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", type=Path, default=DEFAULT_ROOT, metavar="DIR", help="the hub's folder (default: ~/.loramux/hub)"
@@ -100,22 +110,29 @@ def _serve(arguments: argparse.Namespace) -> None:
     serve(arguments.root, host=arguments.host, port=arguments.port, policy=policy)
 
 
-def _create_token(arguments: argparse.Namespace) -> None:
+def _storage(arguments: argparse.Namespace, *, make: bool = False) -> "Storage":
+    """The hub in the folder that was named; where there is none, `make` tells whether one is made."""
     from ..hub.server import Storage
 
-    lifetime = timedelta(days=arguments.days) if arguments.days else None
-    token = Storage(arguments.root).accounts.create_token(
+    root: Path = arguments.root
+    if not make and not (root / "hub.sqlite").is_file():
+        raise RunError(f"{root}: no hub there; name the folder that `loramux hub serve` has (--root DIR)")
+    return Storage(root)
+
+
+def _create_token(arguments: argparse.Namespace) -> None:
+    lifetime = timedelta(days=arguments.days) if arguments.days is not None else None
+    token = _storage(arguments, make=True).accounts.create_token(
         arguments.user, read_only=arguments.read_only, note=arguments.note, lifetime=lifetime
     )
     say(f"{token}\nThis is the only time it is shown: export HF_TOKEN=... where clients run.")
+    say(f"It is for the hub in {arguments.root}.")
 
 
 def _list_tokens(arguments: argparse.Namespace) -> None:
-    from ..hub.server import Storage
-
     rows = [
         [token.id, token.user, token.role, token.created[:10], _until(token.expires, token.revoked), token.note]
-        for token in Storage(arguments.root).accounts.tokens()
+        for token in _storage(arguments).accounts.tokens()
     ]
     show_table(f"tokens of {arguments.root}", ["id", "user", "role", "made", "valid", "note"], rows)
 
@@ -127,30 +144,22 @@ def _until(expires: str | None, revoked: str | None) -> str:
 
 
 def _revoke_token(arguments: argparse.Namespace) -> None:
-    from ..hub.server import Storage
-
-    Storage(arguments.root).accounts.revoke(arguments.id)
+    _storage(arguments).accounts.revoke(arguments.id)
     say(f"{arguments.id} is invalid from now on")
 
 
 def _add_members(arguments: argparse.Namespace) -> None:
-    from ..hub.server import Storage
-
-    Storage(arguments.root).accounts.add_members(arguments.name, arguments.users)
+    _storage(arguments, make=True).accounts.add_members(arguments.name, arguments.users)
     _list_orgs(arguments)
 
 
 def _remove_member(arguments: argparse.Namespace) -> None:
-    from ..hub.server import Storage
-
-    Storage(arguments.root).accounts.remove_member(arguments.name, arguments.user)
+    _storage(arguments).accounts.remove_member(arguments.name, arguments.user)
     _list_orgs(arguments)
 
 
 def _list_orgs(arguments: argparse.Namespace) -> None:
-    from ..hub.server import Storage
-
-    organizations = Storage(arguments.root).accounts.organizations()
+    organizations = _storage(arguments).accounts.organizations()
     rows = [[name, ", ".join(users)] for name, users in organizations.items()]
     show_table(f"organisations of {arguments.root}", ["organisation", "members"], rows)
 
@@ -177,8 +186,7 @@ def _token(file: Path | None) -> str | Literal[False]:
 
 
 def _clean(arguments: argparse.Namespace) -> None:
-    from ..hub.server import Storage
     from ..hub.server.clean import clean
 
-    cleaned = clean(Storage(arguments.root), timedelta(hours=arguments.older_than_hours))
+    cleaned = clean(_storage(arguments), timedelta(hours=arguments.older_than_hours))
     say(f"{cleaned.files} files removed, {cleaned.size / 2**20:.1f} MiB freed")

@@ -12,7 +12,7 @@ from .find import search
 from .manifest import MANIFEST, read_manifest
 from .pull import pull
 from .recommend import Candidate
-from .remote import Remote
+from .remote import Remote, split_revision
 from .source import read_adapters
 
 _EXAMPLES = 8
@@ -34,7 +34,8 @@ def gather(sources: Sequence[str], remote: Remote, *, base: str | None = None, l
     Args:
         sources: folders, repositories (`owner/name`, `owner/name@revision`), and words to search a hub for; none
             searches for all adapters of the base.
-        base: a Hub id or a folder; None takes the one that the adapters name. A search needs it.
+        base: a Hub id, with `@revision` or without, or a folder; None takes the one that the adapters name. A search
+            needs it.
         limit: repositories to take from a search.
 
     Raises:
@@ -51,7 +52,7 @@ def gather(sources: Sequence[str], remote: Remote, *, base: str | None = None, l
             found += _from_search(source, remote, base, limit)
     if not found:
         raise ConfigError(f"no plain LoRAs found in {', '.join(sources) or remote.endpoint}")
-    name, revision = (base, None) if base else _common_base(found)
+    name, revision = split_revision(base) if base else _common_base(found)
     model, names = skeleton(name, revision), names_of(name)
     for candidate in found:
         check_adapter(candidate.folder, model, names)
@@ -66,7 +67,7 @@ def _from_place(source: str, remote: Remote, base: str | None) -> list[Candidate
 def _from_search(text: str, remote: Remote, base: str | None, limit: int) -> Iterator[Candidate]:
     if base is None:
         raise ConfigError("say which base to search adapters for (--base MODEL), or name folders or repositories")
-    for hit in search(remote, text or None, base=base, limit=limit):
+    for hit in search(remote, text or None, base=split_revision(base)[0], limit=limit):
         try:
             yield from _from_place(hit.repository, remote, base)
         except LoramuxError as error:

@@ -23,6 +23,7 @@ _PART = re.compile(r"<!-- loramux:(?P<name>\w+) -->\n.*?<!-- /loramux:(?P=name) 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LOCAL_BASE = "tiny"
 _SHOWN_IN_INDEX = ("exported", "named", "auto", "adapted")
+_LISTS = ("tags", "datasets", "metrics")
 
 
 def write_card(source: Source, repository: str, *, licence: str | None = None, existing: str | None = None) -> str:
@@ -40,13 +41,23 @@ def write_card(source: Source, repository: str, *, licence: str | None = None, e
         raise ConfigError(f"licence {licence!r}: give it as the Hub names it, such as apache-2.0, mit or cc-by-4.0")
     before = _read(existing, repository) if existing is not None else None
     licence = licence or (before.data.get("license") if before else None)
-    data = _card_data(source, repository, licence)
+    theirs = [result for result in before.data.eval_results or () if not _is_ours(result)] if before else []
+    data = _card_data(source, repository, licence, theirs)
     parts = {name: text for name, text in _parts(source, repository, licence).items() if text}
     if before is None:
         return _assembled(data, f"# {repository.partition('/')[2]}\n\n" + _joined(parts))
     kept = {key: value for key, value in before.data.to_dict().items() if key != "model-index"}
-    tags = [*data["tags"], *(tag for tag in kept.get("tags") or () if tag not in data["tags"])]
-    return _assembled({**kept, **data, "tags": tags}, merged(before.text.strip("\n"), parts))
+    lists = {key: _both(data.get(key), kept[key]) for key in _LISTS if kept.get(key)}
+    return _assembled({**kept, **data, **lists}, merged(before.text.strip("\n"), parts))
+
+
+def _both(ours: list[str] | None, theirs: list[str] | str) -> list[str]:
+    """A list of metadata with what people added to it."""
+    return list(dict.fromkeys([*(ours or ()), *([theirs] if isinstance(theirs, str) else theirs)]))
+
+
+def _is_ours(result: EvalResult) -> bool:
+    return (result.metric_name or "").endswith(tuple(f" ({COLUMNS[column]})" for column in _SHOWN_IN_INDEX))
 
 
 def merged(text: str, parts: Mapping[str, str]) -> str:
@@ -63,7 +74,7 @@ def merged(text: str, parts: Mapping[str, str]) -> str:
 
 def _read(existing: str, repository: str) -> ModelCard:
     try:
-        return ModelCard(existing, ignore_metadata_errors=True)
+        return ModelCard(existing.replace("\r\n", "\n"), ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"{repository}: the metadata of the {CARD} that is there cannot be read ({' '.join(str(error).split())}); "
@@ -84,7 +95,7 @@ def _marked(name: str, text: str) -> str:
     return f"<!-- loramux:{name} -->\n{text.strip()}\n<!-- /loramux:{name} -->"
 
 
-def _card_data(source: Source, repository: str, licence: str | None) -> dict[str, Any]:
+def _card_data(source: Source, repository: str, licence: str | None, theirs: Sequence[EvalResult]) -> dict[str, Any]:
     data = metadata({"method": source.method}, source.base.name)
     if not source.method:
         data["tags"] = [tag for tag in data["tags"] if not tag.startswith("loramux")]
@@ -93,7 +104,8 @@ def _card_data(source: Source, repository: str, licence: str | None) -> dict[str
     head = ModelCardData(**data, license=licence, datasets=datasets or None, metrics=metrics or None).to_dict()
     name = repository.partition("/")[2]
     # One by one: together, results of tasks with the same dataset would become one entry.
-    indices = [eval_results_to_model_index(name, _eval_results(adapter)) for adapter in source.adapters]
+    groups = [*(_eval_results(adapter) for adapter in source.adapters), *([result] for result in theirs)]
+    indices = [eval_results_to_model_index(name, group) for group in groups]
     results = [entry for index in indices for model in index for entry in model["results"]]
     return {**head, "model-index": [{"name": name, "results": results}]} if results else head
 

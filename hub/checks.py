@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..adapters import LoramuxConfig, read_lora
 from ..adapters.lora_folder import CONFIG, WEIGHTS
@@ -19,6 +19,7 @@ from ..bases import base_identity, resolve_base
 from ..support.errors import AdapterError, ConfigError, LoramuxError, RemoteError
 
 _LARGEST_CONFIG = 1 << 20
+_MOST_LAYERS = 1000
 LORA, MIXTURE_KIND = "LORA", "LORAMUX"
 
 
@@ -41,12 +42,14 @@ class AdapterConfig:
         """What tells two adapters apart, in words."""
         targets = self.data.get("target_modules")
         listed = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
+        options = self.data.get("options")
+        rank = options.get("rank") if isinstance(options, dict) else None
         shown = {
             "kind": self.kind,
             "base": self.base or "none",
             "revision": self.revision or "none",
             "method": self.data.get("method"),
-            "rank": self.data.get("r", self.data.get("options", {}).get("rank")),
+            "rank": self.data.get("r", rank),
             "alpha": self.data.get("lora_alpha"),
             "targets": listed,
         }
@@ -89,21 +92,30 @@ def skeleton(name: str, revision: str | None = None) -> nn.Module:
     """A base model without memory for its weights: enough to tell what fits it.
 
     Raises:
-        ConfigError: its config cannot be found.
+        ConfigError: its config cannot be found, or no model can be made of it.
     """
     source = resolve_base(name)
+    wanted = (None if Path(source).is_dir() else revision) or "main"
     try:
-        wanted = None if Path(source).is_dir() else revision
-        config = AutoConfig.from_pretrained(source, revision=wanted or "main", trust_remote_code=False)
+        data, _ = PreTrainedConfig.get_config_dict(source, revision=wanted)
+        if (layers := _layers(data)) > _MOST_LAYERS:
+            raise ValueError(f"it names {layers} layers, and {_MOST_LAYERS} are the most that are built")
+        config = AutoConfig.from_pretrained(source, revision=wanted, trust_remote_code=False)
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             return model
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's config may fail anywhere in transformers, in any way
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
             f"base {name!r}: its config cannot be had, so adapters cannot be checked against it: {reason}\n"
             "Give a folder with a copy of it (--base FOLDER)"
         ) from None
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    """The most layers that a model's config or a part of it names."""
+    named = [value for key, value in config.items() if "layer" in key and isinstance(value, int)]
+    return max([*named, *(_layers(part) for part in config.values() if isinstance(part, dict))], default=0)
 
 
 def names_of(base: str) -> set[str]:

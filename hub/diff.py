@@ -13,7 +13,7 @@ from ..support.errors import ConfigError
 from .checks import LORA, AdapterConfig, read_adapter_config, skeleton
 from .manifest import MANIFEST, read_manifest
 from .pull import pull
-from .remote import Remote
+from .remote import Remote, split_revision
 from .source import adapter_folders
 
 
@@ -92,7 +92,7 @@ class _Place:
         root = Path(name).expanduser()
         if not root.is_dir():
             root = pull(name, remote).folder
-        own = Path(name.partition("@")[0]).name  # what is in the cache is called by its commit
+        own = Path(split_revision(name)[0]).name  # what is in the cache is called by its commit
         folders = {own: root} if (root / CONFIG).is_file() else {f.name: f for f in adapter_folders(root)}
         if not folders:
             raise ConfigError(f"{name}: holds no adapters ({CONFIG})")

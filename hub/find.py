@@ -10,7 +10,7 @@ from huggingface_hub import ModelInfo
 from ..adapters.lora_folder import CONFIG, WEIGHTS
 from .checks import AdapterConfig, listed_adapters, read_adapter_config
 from .manifest import MANIFEST, Manifest, read_manifest
-from .remote import Commit, Remote, check_name
+from .remote import Commit, Remote, check_name, split_revision
 from .signing import ATTESTATION
 
 _METHOD, _BASE = "loramux:", "base_model:adapter:"
@@ -87,8 +87,8 @@ def describe(name: str, remote: Remote) -> Described:
         RemoteError: it is not there, or holds no adapters.
         AdapterError, TrustError: what it says of them is not readable.
     """
-    repository, _, revision = name.partition("@")
-    commit = remote.commit(check_name(repository), revision or None)
+    repository, revision = split_revision(name)
+    commit = remote.commit(check_name(repository), revision)
     manifest = read_manifest(remote.read(repository, commit, MANIFEST), repository)
     card = commit.info.card_data.to_dict() if commit.info.card_data else {}
     scores = _scores(manifest, commit.info)

@@ -15,7 +15,7 @@ from ..support.errors import AdapterError, ConfigError, TrustError
 from ..support.files import atomic_folder, write_json
 from .card import CARD
 from .checks import AdapterConfig, check_adapter, listed_adapters, names_of, read_adapter_config, skeleton
-from .remote import LARGEST_TEXT, Commit, Remote, check_name, sha256_of
+from .remote import LARGEST_TEXT, Commit, Remote, check_name, sha256_of, split_revision
 from .signing import ATTESTATION, Attestation, verify
 
 RECORD = "pulled.json"
@@ -59,7 +59,8 @@ def pull(
     Args:
         name: `owner/name` or `owner/name@revision`.
         to: a folder for it; one that an earlier pull made is replaced. None leaves it in the cache.
-        base: the model it is meant for, a Hub id or a folder; None takes the one it names.
+        base: the model it is meant for, a Hub id, with `@revision` or without, or a folder; None takes the one it
+            names.
         force_base: take it though it names another base or another revision of it.
         trusted: keys of which one must have signed it; None asks for no signature.
 
@@ -69,9 +70,9 @@ def pull(
         AdapterError: an adapter is pickled, of another base, or does not fit it.
         ConfigError: `to` holds something else, or the base cannot be found.
     """
-    repository, _, revision = name.partition("@")
+    repository, revision = split_revision(name)
     _refuse_other_folder(to, check_name(repository))
-    commit = remote.commit(repository, revision or None)
+    commit = remote.commit(repository, revision)
     wanted = [path for path, file in commit.files.items() if _is_wanted(path, file.size)]
     adapters = listed_adapters(wanted, repository)
     _refuse_without_weights(adapters, commit.files, repository)
@@ -143,26 +144,24 @@ def _check_signature(
 
 def _check_adapters(folders: list[Path], base: str | None, force_base: bool) -> None:
     configs = [read_adapter_config(folder / CONFIG) for folder in folders]
-    name, _, revision = (base or "", "", "") if base and Path(base).is_dir() else (base or "").partition("@")
-    if not name:
-        name, revision = _common_base(folders, configs)
-    elif not force_base:
+    name, revision = split_revision(base) if base else _common_base(folders, configs)
+    if base and not force_base:
         _refuse_other_base(folders, configs, name, revision)
-    model = skeleton(name, revision or None)
+    model = skeleton(name, revision)
     for folder in folders:
         check_adapter(folder, model)
 
 
-def _common_base(folders: list[Path], configs: list[AdapterConfig]) -> tuple[str, str]:
+def _common_base(folders: list[Path], configs: list[AdapterConfig]) -> tuple[str, str | None]:
     names = {config.base for config in configs}
     revisions = {config.revision for config in configs if config.revision}
     if len(names) > 1 or len(revisions) > 1 or configs[0].base is None:
         told = "; ".join(f"{f.name}: {_called(c.base, c.revision)}" for f, c in zip(folders, configs, strict=True))
         raise AdapterError(f"its adapters do not name one base ({told}); say which (--base MODEL --force-base)")
-    return configs[0].base, revisions.pop() if revisions else ""
+    return configs[0].base, revisions.pop() if revisions else None
 
 
-def _refuse_other_base(folders: list[Path], configs: list[AdapterConfig], name: str, revision: str) -> None:
+def _refuse_other_base(folders: list[Path], configs: list[AdapterConfig], name: str, revision: str | None) -> None:
     names = names_of(name)
     for folder, config in zip(folders, configs, strict=True):
         if config.base is not None and config.base not in names:
@@ -200,7 +199,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def _copy(pulled: Pulled, to: Path, revision: str, endpoint: str) -> Pulled:
+def _copy(pulled: Pulled, to: Path, revision: str | None, endpoint: str) -> Pulled:
     with atomic_folder(to) as staging:
         for path in pulled.files:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)

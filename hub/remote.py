@@ -170,6 +170,14 @@ def check_name(repository: str) -> str:
     return repository
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """`owner/name@revision` as the two, the second None where there is none; a folder's name stays whole."""
+    if Path(name).is_dir():
+        return name, None
+    before, _, revision = name.partition("@")
+    return before, revision or None
+
+
 def _stays_inside(path: str) -> bool:
     return ".." not in PurePosixPath(path).parts and not path.startswith("/") and "\\" not in path and ":" not in path
 

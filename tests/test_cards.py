@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from loramux.hub.card import write_card
@@ -88,6 +89,31 @@ def test_words_around_the_parts_stay_and_the_parts_are_renewed(card: str, source
         assert again.count(text) == 1
     data = ModelCard(again).data
     assert (data.license, data.language, "nice" in data.tags) == ("mit", "en", True)
+
+
+def test_metrics_data_and_results_that_people_added_stay(card: str, source: Source) -> None:
+    data = ModelCard(card).data.to_dict()
+    own = {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": "Theirs", "type": "theirs/data"},
+        "metrics": [{"type": "bleu", "value": 0.5, "name": "BLEU"}],
+    }
+    data["model-index"][0]["results"].append(own)
+    data |= {"metrics": [*data["metrics"], "bleu"], "datasets": ["theirs/data"]}
+    by_hand = card.replace(card.split("---\n")[1], yaml.safe_dump(data))
+    again = write_card(source, "mia/three", existing=by_hand)
+    found = ModelCard(again).data
+    assert (found.metrics, found.datasets) == (["exact_match", "bleu"], ["theirs/data"])
+    scores = {result.metric_name: result.metric_value for result in found.eval_results}
+    assert (scores["BLEU"], "exact_match (exported)" in scores) == (0.5, True)
+    assert write_card(source, "mia/three", existing=again) == again
+    unscored = replace(source, adapters=tuple(replace(adapter, scores={}) for adapter in source.adapters))
+    left = ModelCard(write_card(unscored, "mia/three", existing=again)).data.eval_results
+    assert [result.metric_name for result in left] == ["BLEU"]
+
+
+def test_a_card_with_the_line_ends_of_windows_is_the_same_card(card: str, source: Source) -> None:
+    assert write_card(source, "mia/three", existing=card.replace("\n", "\r\n")) == card
 
 
 def test_parts_that_are_gone_go_and_a_card_without_parts_gets_them_below(card: str, source: Source) -> None:

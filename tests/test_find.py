@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from hub_cases import RunningHub
+from huggingface_hub import CommitOperationAdd
 from safetensors.torch import load_file, save_file
 
 from loramux.adapters import LowRank
 from loramux.cli import main
+from loramux.hub.checks import AdapterConfig
 from loramux.hub.diff import diff, layer_distance
 from loramux.hub.find import describe, search
 from loramux.hub.publish import PublishConfig, plan_publication, publish
@@ -72,6 +74,26 @@ def test_texts_that_are_none_are_not_read(remote: Remote, monkeypatch: pytest.Mo
         RemoteError, match=r"mia/three/loramux.json: \d+ bytes; 100 are the most that is read of a text"
     ):
         describe("mia/three", remote)
+
+
+@pytest.mark.parametrize("name", ["loramux.json", "adapter_config.json"])
+def test_nothing_large_is_fetched_to_describe_it(
+    name: str, remote: Remote, local_hub: RunningHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = local_hub.client()
+    api.create_repo("eve/huge", exist_ok=True)
+    files = {"adapter_config.json": b'{"peft_type": "LORA"}', name: b" " * 200}
+    api.create_commit("eve/huge", [CommitOperationAdd(*file) for file in files.items()], commit_message="huge")
+    monkeypatch.setattr("loramux.hub.remote.LARGEST_TEXT", 100)
+    with pytest.raises(RemoteError, match=f"eve/huge/{name}: 200 bytes; 100 are the most"):
+        describe("eve/huge", remote)
+    api.delete_repo("eve/huge")
+
+
+@pytest.mark.parametrize("options", [None, [], "rank", {}])
+def test_a_config_with_odd_options_has_facts_all_the_same(options: object) -> None:
+    facts = AdapterConfig("LORAMUX", None, None, {"options": options, "target_modules": "all-linear"}).facts
+    assert facts == {"kind": "LORAMUX", "base": "none", "revision": "none", "targets": "all-linear"}
 
 
 def test_the_commands_print_it(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,25 @@ def test_tokens_and_organisations_on_the_command_line(tmp_path: Path, capsys: py
     assert re.search(r"0 files removed, 0.0 MiB freed", run("clean"))
 
 
+@pytest.mark.parametrize("days", ["0", "-1", "1.5"])
+def test_a_token_is_never_made_valid_for_ever_by_mistake(days: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["hub", "token", "create", "mia", "--days", days, "--root", str(tmp_path)])
+    accounts = Accounts(Database(tmp_path / "hub.sqlite"))
+    token = accounts.create_token("mia", lifetime=timedelta(0))
+    assert accounts.tokens()[0].expires is not None
+    assert token
+
+
+@pytest.mark.parametrize("command", ["token list", "token revoke 01234567", "org list", "org remove team mia", "clean"])
+def test_a_folder_that_is_no_hub_is_told_and_not_made_one(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["hub", *command.split(), "--root", str(tmp_path / "hbu")]) == 2
+    assert "hbu: no hub there; " in capsys.readouterr().err
+    assert not (tmp_path / "hbu").exists()
+
+
 def test_cleaning_frees_what_no_commit_names(tmp_path: Path) -> None:
     with running_hub(tmp_path) as hub:
         client = hub.client()

@@ -213,6 +213,27 @@ def test_a_base_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
         skeleton("mia/no-base")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 0, "num_attention_heads": 0},
+        {"hidden_act": "nothing"},
+        {"vocab_size": -1},
+        {"hidden_size": "48"},
+        {"hidden_size": [48]},
+        {"num_hidden_layers": 1 << 40},
+        {"num_hidden_layers": None, "text_config": {"num_hidden_layers": 1 << 40}},
+        {"model_type": "unheard of"},
+    ],
+)
+def test_a_base_whose_config_makes_no_model(change: dict, finished_job: Path, tmp_path: Path) -> None:
+    config = json.loads((finished_job.parent / "base" / "config.json").read_text())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=r"base '.*base': its config cannot be had"):
+        skeleton(str(tmp_path / "base"))
+
+
 def test_repositories_that_are_not_there_or_hold_none(local_hub: RunningHub, published: str, tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match=r"mia/nothing: http://.* has no such repository, or it is private"):
         get("mia/nothing", local_hub)

@@ -148,6 +148,8 @@ def test_candidates_come_from_runs_exports_folders_repositories_and_searches(
     names = [candidate.name for candidate in gather(["mia/three", one], published).candidates]
     assert names == ["mia/three/colour", "mia/three/sound", "mia/three/home", one]
     assert len(gather(["three"], published, base=BASE).candidates) == 3
+    pinned = gather(["three"], published, base=f"{BASE}@abc")
+    assert (pinned.base, pinned.revision, len(pinned.candidates)) == (BASE, "abc", 3)
     with pytest.raises(ConfigError, match="no plain LoRAs found in nothing"):
         gather(["nothing"], published, base=BASE)
     with pytest.raises(ConfigError, match="say which base to search adapters for"):

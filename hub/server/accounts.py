@@ -97,7 +97,7 @@ class Accounts:
         """
         check_namespace(user)
         identity, secret = secrets.token_hex(4), secrets.token_hex(24)
-        expires = now(lifetime) if lifetime else None
+        expires = now(lifetime) if lifetime is not None else None
         role: Role = "read" if read_only else "write"
         with self._database.write() as connection:
             self._add_account(user, is_organization=False)
