@@ -13,17 +13,16 @@ import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as StockLinear
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from pydantic import Field, FiniteFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
@@ -39,6 +38,7 @@ _LARGEST_HEADER = 1 << 20
 _KEPT_TARGETS = 64
 _LONGEST = 160
 _MOST_REPEATS = 3
+_MOST_PATTERNS = 2048
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
 
@@ -60,6 +60,7 @@ _REASONS = {
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 _Rank = Annotated[int, Field(ge=1, le=1 << 16)]
+_Value = TypeVar("_Value")
 
 
 @config
@@ -79,6 +80,8 @@ class _Settings:
     def __post_init__(self) -> None:
         given = (self.target_modules, self.exclude_modules)
         patterns = [*(self.rank_pattern or {}), *(self.alpha_pattern or {}), *(p for p in given if isinstance(p, str))]
+        if len(patterns) > _MOST_PATTERNS:
+            raise ValueError(f"{len(patterns)} patterns of module names; at most {_MOST_PATTERNS} are read")
         layers = self.layers_pattern or []
         for pattern in (*patterns, *([layers] if isinstance(layers, str) else layers)):
             _check_pattern(pattern)
@@ -88,12 +91,12 @@ class _Settings:
         """The part that says where it acts."""
         return replace(self, r=1, lora_alpha=1, use_rslora=False, rank_pattern=None, alpha_pattern=None)
 
-    def at(self, module: str) -> tuple[int, float]:
-        """Rank and scale at a module, as stock PEFT reads them."""
-        ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
-        rank = ranks.get(get_pattern_key(list(ranks), module), self.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), module), self.lora_alpha)
-        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+    def strengths(self, modules: Iterable[str]) -> Iterator[tuple[int, float]]:
+        """Rank and scale at modules, as stock PEFT reads them."""
+        rank_of, alpha_of = _first_fit(self.rank_pattern or {}), _first_fit(self.alpha_pattern or {})
+        for module in modules:
+            rank, alpha = rank_of(module, self.r), alpha_of(module, self.lora_alpha)
+            yield rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class AnotherBase(AdapterError):
@@ -233,7 +236,8 @@ class LoraReader:
     def _linears(self, settings: _Settings, folder: Path) -> Mapping[str, LinearPlan]:
         targets = self._sizes(settings.targets, folder)
         with _put_on(self._base, folder):
-            return {name: LinearPlan(*settings.at(name), *sizes) for name, sizes in targets.items()}
+            strengths = settings.strengths(targets)
+            return {name: LinearPlan(*next(strengths), *sizes) for name, sizes in targets.items()}
 
     def _sizes(self, targets: _Settings, folder: Path) -> Mapping[str, tuple[int, int]]:
         """Width and height of the linears that are adapted, by module name."""
@@ -330,9 +334,20 @@ def _settings(data: Mapping[str, Any], folder: Path) -> _Settings:
         raise AdapterError(str(error)) from None
 
 
+def _first_fit(values: Mapping[str, _Value]) -> Callable[[str, _Value], _Value]:
+    """Looks a module up by patterns of names, of which the first that fits counts. Stock PEFT's own look-up compiles
+    each pattern anew for every module once there are more than a few hundred."""
+    patterns = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in values.items()]
+
+    def look_up(module: str, default: _Value) -> _Value:
+        return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+    return look_up
+
+
 def _check_pattern(pattern: str) -> None:
     """Refuse regular expressions that could run for ages: Python's have no time limit."""
-    repeats = re.findall(r"[*+{]", pattern)
+    repeats = re.findall(r"[*+{]|(?<![(*+}?])\?", pattern)  # not that of `(?:` and of lazy repeats
     if re.search(r"\)[*+{]", pattern) or len(repeats) > _MOST_REPEATS:
         raise ValueError(f"the pattern {_short(pattern)!r} repeats a group, or repeats more than {_MOST_REPEATS} times")
 

@@ -15,6 +15,7 @@ HELP = """\
 /new           forget the conversation
 /quit          leave (or Ctrl-D)"""
 _TIMEOUT = httpx.Timeout(10, read=330)
+_BASE = "base"  # what every server calls its base, beside its name
 
 
 class Refused(LoramuxError):
@@ -65,7 +66,7 @@ class Conversation:
         return self.names
 
     def check(self, model: str) -> str:
-        if model not in self.names:
+        if model not in (*self.names, _BASE):
             raise ConfigError(f"the server has no model {model!r}; it has {', '.join(self.names)}")
         return model
 
@@ -84,12 +85,12 @@ class Conversation:
         if not self._has_template:
             yield from self._stream("/v1/completions", {"prompt": f"{text}\n"})
             return
-        self._messages.append({"role": "user", "content": text})
+        asked = {"role": "user", "content": text}
         answer = ""
-        for piece, adapter in self._stream("/v1/chat/completions", {"messages": self._messages}):
+        for piece, adapter in self._stream("/v1/chat/completions", {"messages": [*self._messages, asked]}):
             answer += piece
             yield piece, adapter
-        self._messages.append({"role": "assistant", "content": answer})
+        self._messages += [asked, {"role": "assistant", "content": answer}]
 
     def _stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[str, str]]:
         request = {"model": self.model, **self._options, **body}
@@ -113,7 +114,10 @@ class Conversation:
             ) from None
         if reply.is_error:
             raise _refusal(reply)
-        listed: list[dict[str, Any]] = reply.json()["data"]
+        try:
+            listed: list[dict[str, Any]] = reply.json()["data"]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{reply.url} does not list models; is that a loramux server?") from None
         return listed
 
 

@@ -9,8 +9,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future
-from dataclasses import dataclass
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from .mixtures import Mixtures
 from .prefixes import Prefixes
 from .request import Chunk, Event, Failed, Finished, FinishReason, Request, TokenChoice
 from .sampling import Choices, RowSampler, choose
-from .text import TextStream
+from .text import Speller, TextStream
 
 _log = logging.getLogger(__name__)
 _UNLIMITED = 1 << 20
@@ -81,6 +83,21 @@ class EngineStats:
     tokens: int
 
 
+@dataclass
+class _Embedding:
+    """Prompts to embed, and the vectors `(prompts, width)` that were made so far."""
+
+    prompts: list[list[int]]
+    future: Future[Tensor]
+    made: list[Tensor] = field(default_factory=list)
+
+    def next_prompts(self, most_tokens: int) -> list[list[int]]:
+        """Those that are next, of at most so many tokens, padding included, but at least one."""
+        rest = self.prompts[sum(map(len, self.made)) :]
+        sizes = enumerate(accumulate(map(len, rest), max), 1)
+        return rest[: max(1, sum(count * longest <= most_tokens for count, longest in sizes))]
+
+
 class Engine:
     """Serves requests on one frozen model.
 
@@ -108,13 +125,14 @@ class Engine:
         self._model = model
         self._runner = Runner(model, layout, mixtures)
         self._grammars = GrammarCompiler(tokenizer, int(text_config(model).vocab_size))
+        self._speller = Speller(tokenizer)
         self._ends = _end_tokens(model, tokenizer)
         self._prefixes = Prefixes(self.options.prefix_bytes)
         self._running = Batch(self._runner)
         self._reading: Prefill | None = None
         self._waiting: FairQueue[Request] = FairQueue()
         self._arrived: deque[Request] = deque()
-        self._to_embed: deque[tuple[list[list[int]], Future[Tensor]]] = deque()
+        self._to_embed: deque[_Embedding] = deque()
         self._wake = threading.Condition()
         self._stopping = self._drop_all = False
         self._threads = self.options.threads or torch.get_num_threads()
@@ -167,7 +185,7 @@ class Engine:
             if self._stopping:
                 future.set_exception(ServingError("shutting_down", _SHUTTING_DOWN, 503))
             else:
-                self._to_embed.append((prompts, future))
+                self._to_embed.append(_Embedding(prompts, future))
                 self._wake.notify()
         return future
 
@@ -201,7 +219,7 @@ class Engine:
         while self._wait_for_work():
             self._take_arrivals()
             self._drop_unwanted()
-            self._embed_one()
+            self._embed_some()
             self._read_prompts()
             self._decode()
         self._runner.close()
@@ -242,22 +260,32 @@ class Engine:
             return "cancelled"
         return "deadline" if request.deadline is not None and now > request.deadline else None
 
-    def _embed_one(self) -> None:
+    def _embed_some(self) -> None:
+        """As many prompts of the first embedding as are read together."""
         if not self._to_embed:
             return
-        prompts, future = self._to_embed.popleft()
-        if not future.set_running_or_notify_cancel():
-            return
+        embedding = self._to_embed[0]
         try:
-            longest = max(len(prompt) for prompt in prompts)
-            mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
-            ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-            ids, mask = ids.to(self._model.device), mask.to(self._model.device)
-            with self._runner.routing(None):
-                future.set_result(pool_prompt(self._model, ids, {"attention_mask": mask}, None).cpu())
+            if not embedding.future.cancelled():
+                embedding.made.append(self._pooled(embedding.next_prompts(self.options.prefill_tokens)))
+                if embedding.next_prompts(self.options.prefill_tokens):
+                    return
+                embedding.future.set_result(torch.cat(embedding.made))
+        except InvalidStateError:
+            pass  # it was cancelled meanwhile
         except Exception as error:
-            _log.exception("embedding %d prompts failed", len(prompts))
-            future.set_exception(_engine_error(error))
+            _log.exception("embedding %d prompts failed", len(embedding.prompts))
+            with suppress(InvalidStateError):
+                embedding.future.set_exception(_engine_error(error))
+        self._to_embed.popleft()
+
+    def _pooled(self, prompts: list[list[int]]) -> Tensor:
+        longest = max(len(prompt) for prompt in prompts)
+        mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        ids, mask = ids.to(self._model.device), mask.to(self._model.device)
+        with self._runner.routing(None):
+            return pool_prompt(self._model, ids, {"attention_mask": mask}, None).cpu()
 
     def _read_prompts(self) -> None:
         rows = self._next_rows() if self._reading is None else self._reading.rows
@@ -358,6 +386,10 @@ class Engine:
         elif text or reported:
             row.unsent.append(Chunk(text, reported))
         grammar = row.sampler.grammar
+        if grammar is not None and grammar.problem is not None:
+            problem = f"the JSON schema cannot be followed: {grammar.problem}"
+            self._tell(row.request, Failed("invalid_schema", problem, 400))
+            return True
         ended = (token in self._ends and not sampling.ignore_eos) or (grammar is not None and grammar.is_complete)
         if ended or row.text.is_stopped:
             self._finish(row, "stop")
@@ -370,11 +402,9 @@ class Engine:
     def _reported(self, token: int, logprobs: tuple[float, list[tuple[int, float]]] | None) -> tuple[TokenChoice, ...]:
         if logprobs is None:
             return ()
-        top = tuple((other, self._spelt(other), logprob) for other, logprob in logprobs[1])
-        return (TokenChoice(token, self._spelt(token), logprobs[0], top),)
-
-    def _spelt(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+        spell = self._speller.spell
+        top = tuple((other, spell(other), logprob) for other, logprob in logprobs[1])
+        return (TokenChoice(token, spell(token), logprobs[0], top),)
 
     def _finish(self, row: Row, reason: FinishReason) -> None:
         rest = row.text.finish()

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from .api.service import Service
 from .choice import Chooser, LearnedRouter, Scorer
 from .config import ServeConfig
 from .engine import Engine, EngineOptions
-from .errors import ServingError
 from .keys import Keys
 from .mixtures import Mixtures
 from .prototypes import Prototypes
-from .runs import RunAdapters, run_adapters, served_run
+from .runs import RunAdapters, check_run_settings, register_all, run_adapters, served_run
 from .slots import layout_of
 from .store import AdapterStore, StoreLimits
 
@@ -78,8 +76,15 @@ def open_service(config: ServeConfig, environment: Mapping[str, str], *, threads
         reserved=mixtures,
         hub=Remote() if config.hub else None,
     )
-    _register(store, config, opened)
-    prototypes = Prototypes(store.examples, lambda text: list(opened.tokenizer(text)["input_ids"]), engine.embed)
+    examples = opened.examples
+    register_all(
+        config.adapters, opened.runs, lambda name, folder: store.register(name, folder, examples.get(name, ()))
+    )
+
+    def encode(text: str) -> list[int]:
+        return list(opened.tokenizer(text)["input_ids"])[: engine.max_length]
+
+    prototypes = Prototypes(store.examples, encode, engine.embed)
     store.subscribe(prototypes.refresh)
     service = Service(
         config,
@@ -92,6 +97,7 @@ def open_service(config: ServeConfig, environment: Mapping[str, str], *, threads
         mixtures,
         _chooser(config, opened.router or prototypes, store, engine),
     )
+    service.at_close.append(store.close)
     if opened.router is None and config.choice:
         service.at_close.append(prototypes.start().stop)
     return service, engine
@@ -111,10 +117,7 @@ def _opened_base(config: ServeConfig) -> Opened:
 
 
 def _opened_run(config: ServeConfig) -> Opened:
-    if config.base is not None or config.revision is not None:
-        raise ConfigError("base: the runs bring theirs; leave base and revision out, or serve their exports (adapters)")
-    if config.quantize is not None:
-        raise ConfigError("quantize: adapters of a run belong to its whole base; serve its exports (adapters) instead")
+    check_run_settings(config)
     first = served_run(config.runs[0])
     others = [run_adapters(run) for run in config.runs[1:]]
     for note in first.notes:
@@ -132,21 +135,6 @@ def _opened_run(config: ServeConfig) -> Opened:
         first.router if not others else None,
         None if hub is None else Mixtures(hub, {str(first.mixture): hub.active_adapters[0]}),
     )
-
-
-def _register(store: AdapterStore, config: ServeConfig, opened: Opened) -> None:
-    """Serve what lies on disk; what cannot be served is told, and harms nobody."""
-    refused: dict[Path, ServingError] = {}
-    for run in opened.runs:
-        for name, folder in run.folders.items():
-            try:
-                store.register(name, folder, opened.examples.get(name, ()))
-            except ServingError as error:
-                refused[folder] = error
-    for place in config.adapters:
-        refused |= {place / name: reason for name, reason in store.scan(place).items()}
-    for folder, reason in refused.items():
-        say(f"{folder} is not served: {reason}")
 
 
 def device_of(name: str) -> str:

@@ -38,7 +38,7 @@ class Prototypes:
         temperature: float = TEMPERATURE,
     ) -> None:
         self._examples, self._encode, self._embed, self._temperature = examples, encode, embed, temperature
-        self._known: dict[str, tuple[tuple[str, ...], Tensor | None]] = {}
+        self._known: dict[str, tuple[tuple[str, ...], Tensor]] = {}
         self._table: tuple[tuple[str, ...], Tensor] = ((), torch.zeros(0, 1))
         self._changed = threading.Condition()
         self._stale, self._busy, self._stopping = True, False, False
@@ -87,8 +87,8 @@ class Prototypes:
         self._known = {name: kept for name, kept in self._known.items() if examples.get(name) == kept[0]}
         self._publish()
         for name, prompts in examples.items():
-            if prompts and name not in self._known:
-                self._known[name] = prompts, self._direction(name, prompts)
+            if prompts and name not in self._known and (direction := self._direction(name, prompts)) is not None:
+                self._known[name] = prompts, direction
                 self._publish()
 
     def _direction(self, name: str, prompts: Sequence[str]) -> Tensor | None:
@@ -103,8 +103,7 @@ class Prototypes:
         return F.normalize(F.normalize(pooled.float(), dim=-1).sum(0), dim=-1)
 
     def _publish(self) -> None:
-        found = {name: direction for name, (_, direction) in self._known.items() if direction is not None}
-        if found:
-            self._table = tuple(found), torch.stack(list(found.values()))
+        if self._known:
+            self._table = tuple(self._known), torch.stack([direction for _, direction in self._known.values()])
         else:
             self._table = (), torch.zeros(0, 1)

@@ -1,7 +1,7 @@
 """What the engine is asked, and what it answers."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,6 +66,11 @@ class Route:
 
 
 BASE = Route(name="base", weights="base")
+
+
+def mixed_weights(parts: Iterable[tuple[str, float]]) -> str:
+    """`Route.weights` of a sum, of those of its parts and their shares."""
+    return "+".join(f"{weights}*{share!r}" for weights, share in parts)
 
 
 @dataclass(frozen=True)

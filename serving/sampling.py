@@ -81,7 +81,9 @@ def choose(logits: Tensor, rows: Sequence[RowSampler]) -> Choices:
 def _sample(logits: Tensor, rows: Sequence[RowSampler]) -> Tensor:
     """Temperature, then top-k, then top-p, as transformers' generate has them."""
     settings: list[Any] = [row.sampling for row in rows]
-    logits = logits / torch.tensor([s.temperature for s in settings], device=logits.device).unsqueeze(1)
+    coldest = torch.finfo(logits.dtype).tiny
+    temperatures = torch.tensor([max(s.temperature, coldest) for s in settings], device=logits.device).unsqueeze(1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperatures  # the best stays at 0, however cold
     size = logits.shape[-1]
     if any(s.top_k for s in settings):
         kept = torch.tensor([min(s.top_k or size, size) for s in settings], device=logits.device).unsqueeze(1)

@@ -4,6 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 
+class Speller:
+    """How single tokens are written within a text; some tokenizers write them differently where a text begins."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._known = self._decode(self._before)
+
+    def spell(self, token: int) -> str:
+        """The text that a token adds; with U+FFFD where it holds a part of a character."""
+        text = self._decode([*self._before, token])
+        return text[len(self._known) :] if text.startswith(self._known) else self._decode([token])
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
 class TextStream:
     """The text of one answer.
 

@@ -250,6 +250,8 @@ def test_a_lora_of_other_layers_or_sizes_is_refused(tmp_path):
         ({"rank_pattern": {"(a+)+b": 2}}, r"the pattern '\(a\+\)\+b' repeats a group"),
         ({"alpha_pattern": {".*.*.*.*q": 2}}, r"the pattern '\.\*\.\*\.\*\.\*q' repeats .* more than 3 times"),
         ({"target_modules": "(x*)*"}, r"the pattern '\(x\*\)\*' repeats a group"),
+        ({"target_modules": ".?" * 20 + "@"}, r"repeats a group, or repeats more than 3 times"),
+        ({"rank_pattern": {f"layers.{n}.q": 2 for n in range(3000)}}, "3000 patterns of module names; at most 2048"),
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": ["q_proj", "nowhere"]}, "v_proj.lora_A.weight', which is no part of a plain LoRA"),
         ({"target_modules": "["}, "PEFT cannot put it on this base"),

@@ -145,6 +145,8 @@ def test_chat_is_written_as_the_base_was_trained_to_read_it(live, client):
     reply = client.chat.completions.create(model="red", messages=messages, max_tokens=6, temperature=0)
     plain = live.complete(model="red", prompt="System: Be brief.\nUser: Hi\nAssistant:", max_tokens=6).json()
     assert reply.choices[0].message.content == plain["choices"][0]["text"]
+    more = [*messages, reply.choices[0].message, {"role": "user", "content": "More"}]
+    assert client.chat.completions.create(model="red", messages=more, max_tokens=6).usage.completion_tokens
     stream = client.chat.completions.create(
         model="red", messages=messages, max_completion_tokens=6, temperature=0, stream=True
     )

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from serving_cases import PROMPT, Live, live_server, wait_for, write_loras
 
 from loramux.bases import BUNDLED
 from loramux.serving.api import build_app
 from loramux.serving.api.admission import Admission
 from loramux.serving.api.gate import JsonLines
+from loramux.serving.api.schemas import ChatBody, CompletionBody
 from loramux.serving.config import ServeConfig, load_serve_config
 from loramux.serving.errors import ServingError
 from loramux.serving.keys import Keys
@@ -85,14 +87,8 @@ def error_of(reply) -> tuple[int, str, str]:
         ("completions", {"stream_options": {}}, 400, "conflicting_parameters", "goes with stream: true"),
         ("chat/completions", {"top_logprobs": 2}, 400, "conflicting_parameters", "goes with logprobs: true"),
         ("chat/completions", {"tools": []}, 400, "unsupported_parameter", "tools"),
-        ("completions", {"prompt": [[]] * 500_000}, 400, "invalid_parameter", "prompt"),
-        ("completions", {"prompt": ["a", *[1] * 500_000]}, 400, "invalid_parameter", "prompt"),
-        ("completions", {f"k{n}": 1 for n in range(90_000)}, 400, "invalid_json", "at most 64 keys are allowed"),
-        ("completions", {"logit_bias": {f"k{n}": 1 for n in range(90_000)}}, 400, "invalid_parameter", "at most 1024"),
-        ("completions", {"adapters": {f"k{n}": "x" for n in range(90_000)}}, 400, "invalid_parameter", "at most 16"),
+        ("completions", {f"k{n}": 1 for n in range(99)}, 400, "invalid_json", "at most 64 keys are allowed, got 101"),
         ("chat/completions", {"messages": []}, 400, "invalid_parameter", "messages"),
-        ("chat/completions", {"messages": [{}] * 200_000}, 400, "missing_parameter", "messages.0.role"),
-        ("chat/completions", {"messages": [{"role": "king", "content": ""}]}, 400, "invalid_parameter", "0.role"),
         ("chat/completions", {"response_format": {"type": "json_schema"}}, 400, "invalid_parameter", "json_schema"),
     ],
 )  # fmt: skip
@@ -102,6 +98,24 @@ def test_a_wrong_parameter_is_named(live, path, body, status, code, message):
     assert error_of(reply)[:2] == (status, code)
     assert message in error_of(reply)[2]
     assert len(reply.content) < 2000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt": [[]] * 10_000},
+        {"prompt": ["a", *[1] * 10_000]},
+        {"prompt": "a", **{f"k{n}": 1 for n in range(10_000)}},
+        {"prompt": "a", "logit_bias": {f"k{n}": 1 for n in range(10_000)}},
+        {"prompt": "a", "adapters": {f"k{n}": "x" for n in range(10_000)}},
+        {"prompt": "a", "messages": [{}] * 10_000},
+    ],
+)
+def test_a_request_that_is_wrong_everywhere_is_not_told_so_ten_thousand_times(wrong):
+    kind = ChatBody if "messages" in wrong else CompletionBody
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": "base", **wrong})
+    assert caught.value.error_count() < 20
 
 
 @pytest.mark.parametrize(

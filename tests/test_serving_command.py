@@ -214,7 +214,14 @@ def test_chat_sends_a_conversation_where_the_base_has_a_chat_template(loras):
         second = "".join(text for text, _ in conversation.ask("More"))
         whole = f"user: Hi\nassistant: {first}\nuser: More\nassistant:"
         expected = live.complete(model="red", prompt=whole, max_tokens=4).json()["choices"][0]["text"]
-    assert second == expected
+        assert second == expected
+        with pytest.raises(Refused, match="at most"):
+            list(conversation.ask("too long " * 200))
+        third = "".join(text for text, _ in conversation.ask("x"))
+        whole += f" {second}\nuser: x\nassistant:".replace("  ", " ")
+        expected = live.complete(model="red", prompt=whole, max_tokens=4).json()["choices"][0]["text"]
+        assert third == expected, "what was refused is not sent again"
+        assert "".join(text for text, _ in Conversation(live.url, model="base", max_tokens=4).ask("Hi"))
 
 
 def test_what_the_server_refuses_is_told_in_its_words(loras):

@@ -228,6 +228,23 @@ def test_an_answer_obeys_its_json_schema(engine, tiny):
     assert answer.last.reason == "stop"
 
 
+def test_answers_to_one_schema_do_not_share_their_way_through_it(engine):
+    sampling = Sampling(max_tokens=60, seed=1, schema=json.dumps({"enum": ["one", "two", "three"]}))
+    answers = [Answer(engine, [5, 6], replace(sampling, seed=seed)) for seed in range(8)]
+    assert {json.loads(answer.text) for answer in answers} <= {"one", "two", "three"}
+
+
+def test_a_schema_that_takes_too_much_work_fails_its_answer_and_no_other(engine):
+    schema = json.dumps({"type": "string", "pattern": "^(.{0,300}a.{0,300}){3}$"})
+    bad = Answer(engine, [5, 6], Sampling(max_tokens=120, temperature=2.0, seed=0, schema=schema, ignore_eos=True))
+    good = Answer(engine, [5, 6], replace(GREEDY, max_tokens=120, ignore_eos=True))
+    assert bad.last.code == "invalid_schema"
+    assert "the JSON schema cannot be followed: lexer error: too many" in bad.last.message
+    assert good.last.completion_tokens == 120
+    huge = Answer(engine, [5, 6], replace(GREEDY, schema=json.dumps({"enum": ["x" * 200_000]})))
+    assert "at most 131072 are followed" in huge.last.message
+
+
 def test_a_schema_that_cannot_be_followed_fails_alone(engine):
     bad = Answer(engine, [5, 6], replace(GREEDY, schema='{"type": "no such type"}'))
     good = Answer(engine, [5, 6])
@@ -312,6 +329,21 @@ def test_embeddings_are_the_mean_hidden_state_of_the_base(engine, tiny, routes):
             wanted = tiny[0].model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
         assert torch.allclose(vector, wanted, atol=1e-5)
     assert busy.last.completion_tokens == 50
+
+
+def test_many_embeddings_are_made_between_the_steps_of_others(tiny):
+    engine = Engine(*tiny, layout_of(tiny[0]), EngineOptions(prefill_tokens=100))
+    engine.start()
+    prompts = some_prompts(12)
+    busy = Answer(engine, [5], replace(GREEDY, max_tokens=100, ignore_eos=True))
+    cancelled = engine.embed(prompts * 50)
+    found, steps = engine.embed(prompts).result, engine.stats().steps
+    assert cancelled.cancel()
+    for prompt, vector in zip(prompts, found(30), strict=True):
+        assert torch.allclose(vector, engine.embed([prompt]).result(30)[0], atol=1e-5)
+    assert engine.stats().steps > steps
+    assert isinstance(busy.last, Finished)
+    engine.stop()
 
 
 def test_an_adapter_that_cannot_be_laid_out_harms_none_that_are_being_decoded(engine, routes):

@@ -7,6 +7,7 @@ import torch
 from engine_cases import tiny_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import framing, merging
 
 from loramux.adapters import LowRank
 from loramux.serving.factors import FactorLayout, Group, combine
@@ -16,7 +17,7 @@ from loramux.serving.prefixes import Prefixes
 from loramux.serving.request import Route, Sampling
 from loramux.serving.sampling import RowSampler, choose
 from loramux.serving.slots import RowAdapters
-from loramux.serving.text import TextStream
+from loramux.serving.text import Speller, TextStream
 
 LAYOUT = FactorLayout((Group(("q", "k"), 6, (5, 3)), Group(("o",), 5, (6,))))
 SIZES = {"q": (6, 5), "k": (6, 3), "o": (5, 6)}
@@ -251,7 +252,8 @@ def test_sampling_follows_the_probabilities():
 @pytest.mark.parametrize(
     ("settings", "possible"),
     [({"temperature": 0.0}, {0}), ({"top_k": 2}, {0, 1}), ({"top_p": 0.3}, {0}), ({"top_p": 0.85}, {0, 1}),
-     ({"logit_bias": {2: 100.0}}, {2}), ({"temperature": 0.01}, {0})],
+     ({"logit_bias": {2: 100.0}}, {2}), ({"temperature": 0.01}, {0}),
+     ({"temperature": 1e-38}, {0}), ({"temperature": 1e-60}, {0}), ({"temperature": 1e-38, "top_p": 0.5}, {0})],
 )  # fmt: skip
 def test_what_can_be_drawn(settings, possible):
     assert set(sampled([2.0, 1.5, 0.0], **settings)) == possible
@@ -275,6 +277,20 @@ def test_rows_with_values_that_are_not_finite_are_told():
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_base()[1]
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_base()[1], framing, merging])
+def test_tokens_are_spelled_as_they_stand_within_a_text(make):
+    tokenizer = make()
+    ids = tokenizer("mia hid the red cup in the garden.", add_special_tokens=False)["input_ids"]
+    spelled = "".join(map(Speller(tokenizer).spell, ids))
+    assert spelled.strip() == tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
+    assert " red" in spelled
+
+
+def test_a_part_of_a_character_has_no_spelling(tokenizer):
+    parts = [Speller(tokenizer).spell(token) for token in tokenizer("漢", add_special_tokens=False)["input_ids"]]
+    assert "\ufffd" in "".join(parts)
 
 
 @given(text=st.text(alphabet="abc é漢🙂\n.", max_size=40))

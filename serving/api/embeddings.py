@@ -26,13 +26,14 @@ async def embeddings(body: EmbeddingBody, service: Annotated[Service, Depends(se
     prompts = await prompt_ids(service, body.input)
     limit = service.config.limits.deadline_s
     service.admission.take(1)
+    made = asyncio.wrap_future(service.engine.embed(prompts))
     try:
-        made = asyncio.wrap_future(service.engine.embed(prompts))
         done, _ = await asyncio.wait({made}, timeout=limit)
         if not done:
             raise ServingError("deadline_exceeded", f"the embeddings were not made within {limit:g} s", 504)
         vectors = made.result()
     finally:
+        made.cancel()
         service.admission.leave()
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector.float(), body.encoding_format)}

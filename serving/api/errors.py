@@ -15,7 +15,7 @@ from ..errors import ServingError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _HTTP_CODES = {404: "route_not_found", 405: "method_not_allowed", 400: "invalid_json"}
-_MAX_SHOWN, _MANY = 120, 200
+_MAX_SHOWN, _MANY, _MOST_FAULTS = 120, 200, 8
 
 UNSUPPORTED = frozenset(
     (
@@ -89,9 +89,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def describe(faults: Sequence[Any], model: type[BaseModel] | None) -> tuple[str, str, str | None]:
     """Code, message and parameter of what is wrong with a request, the first fault deciding the code."""
-    told = [_fault(fault, model) for fault in faults]
+    told = [_fault(fault, model) for fault in faults[:_MOST_FAULTS]]
     code, _, param = told[0]
-    return code, "; ".join(dict.fromkeys(message for _, message, _ in told[:8])), param
+    return code, "; ".join(dict.fromkeys(message for _, message, _ in told)), param
 
 
 def _fault(fault: Any, model: type[BaseModel] | None) -> tuple[str, str, str | None]:

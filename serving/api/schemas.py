@@ -1,21 +1,43 @@
 """What clients may send: OpenAI's requests as far as they are honoured, and the adapters' own. All else is refused."""
 
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=512)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
-NO_REPEAT = Annotated[float, Field(ge=-2, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+# Of a long list that is wrong everywhere, one place is told: telling all would take longer than answering.
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+ManyTokenIds = Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+_MOST_KEYS = 64
+
+
+def _checked_keys(value: Any, *, most: int) -> Any:
+    """Count keys before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"at most {most} keys are allowed, got {len(value)}")
+    return value
+
+
+def _few(most: int) -> BeforeValidator:
+    return BeforeValidator(partial(_checked_keys, most=most))
 
 
 class Body(BaseModel):
     """A request: types are taken as they are, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_keys(cls, value: Any) -> Any:
+        return _checked_keys(value, most=_MOST_KEYS)
 
 
 class StreamOptions(Body):
@@ -51,7 +73,7 @@ class Generation(Body):
 
     model: Name
     adapter: Name | None = None
-    adapters: Annotated[dict[Name, Weight], Field(min_length=1, max_length=16)] | None = None
+    adapters: Annotated[dict[Name, Weight], Field(min_length=1, max_length=16), _few(16)] | None = None
     task: Name | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
@@ -60,11 +82,11 @@ class Generation(Body):
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    presence_penalty: NO_REPEAT | None = None
-    frequency_penalty: NO_REPEAT | None = None
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Weight], Field(max_length=1024)] | None = (
-        None
-    )
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Weight], Field(max_length=1024), _few(1024)] | None
+    ) = None
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     stream: bool | None = None
@@ -83,12 +105,7 @@ class Generation(Body):
 class CompletionBody(Generation):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-    )
+    prompt: Text | Texts | TokenIds | ManyTokenIds
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
@@ -99,8 +116,9 @@ class ContentPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Field(min_length=1)]
+    content: str | Annotated[list[ContentPart], Field(min_length=1, fail_fast=True)]
     name: Name | None = None
+    refusal: None = None
 
     @property
     def text(self) -> str:
@@ -110,7 +128,7 @@ class Message(Body):
 class ChatBody(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -120,12 +138,7 @@ class EmbeddingBody(Body):
     """POST /v1/embeddings: the mean of the base's last hidden states."""
 
     model: Name
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=256)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=256)]
-    )
+    input: Text | Annotated[Texts, Field(max_length=256)] | TokenIds | Annotated[ManyTokenIds, Field(max_length=256)]
     encoding_format: Literal["float", "base64"] = "float"
     user: Annotated[str, Field(max_length=512)] | None = None
 
