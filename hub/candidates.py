@@ -7,9 +7,9 @@ from pathlib import Path
 from ..adapters.lora_folder import CONFIG
 from ..support.console import say
 from ..support.errors import ConfigError, LoramuxError
-from .checks import LORA, check_adapter, names_of, read_adapter_config, skeleton
+from .checks import LORA, check_adapter, common_base, names_of, read_adapter_config, skeleton
 from .find import search
-from .manifest import MANIFEST, read_manifest
+from .manifest import manifest_of
 from .pull import pull
 from .recommend import Candidate
 from .remote import Remote, split_revision
@@ -40,8 +40,8 @@ def gather(sources: Sequence[str], remote: Remote, *, base: str | None = None, l
 
     Raises:
         ConfigError: there is no base to search for, or nothing was found.
-        AdapterError: an adapter that was named is of another base or does not fit it. One that a search found is left
-            out instead, and told.
+        AdapterError: the adapters do not name one base and `base` is None; an adapter that was named is of another base
+            or does not fit it. One that a search found is left out instead, and told.
         RemoteError, TrustError: as for `pull`.
     """
     found: list[Candidate] = []
@@ -52,7 +52,8 @@ def gather(sources: Sequence[str], remote: Remote, *, base: str | None = None, l
             found += _from_search(source, remote, base, limit)
     if not found:
         raise ConfigError(f"no plain LoRAs found in {', '.join(sources) or remote.endpoint}")
-    name, revision = split_revision(base) if base else _common_base(found)
+    configs = {candidate.name: read_adapter_config(candidate.folder / CONFIG) for candidate in found}
+    name, revision = split_revision(base) if base else common_base(configs, "say which (--base MODEL)")
     model, names = skeleton(name, revision), names_of(name)
     for candidate in found:
         check_adapter(candidate.folder, model, names)
@@ -76,15 +77,14 @@ def _from_search(text: str, remote: Remote, base: str | None, limit: int) -> Ite
 
 def _in_folder(folder: Path, called: str) -> Iterator[Candidate]:
     """The plain LoRAs of a folder, with what its manifest or else their exports tell of them."""
-    path = folder / MANIFEST
-    if not path.is_file():
+    manifest = manifest_of(folder, called)
+    if manifest is None:
         for adapter in read_adapters(folder, examples=_EXAMPLES):
             if _is_lora(adapter.folder):
                 name = called if adapter.folder == folder else str(adapter.folder)
                 yield Candidate(name, adapter.folder, tuple(example.prompt for example in adapter.examples))
         return
-    manifest = read_manifest(path.read_text(encoding="utf-8"), called)
-    for task in manifest.tasks if manifest else ():
+    for task in manifest.tasks:
         if _is_lora(folder / task.folder):
             name = f"{called}/{task.folder}" if task.folder else called
             score = next((task.scores[column] for column in _BEST_FIRST if column in task.scores), None)
@@ -94,13 +94,3 @@ def _in_folder(folder: Path, called: str) -> Iterator[Candidate]:
 
 def _is_lora(folder: Path) -> bool:
     return read_adapter_config(folder / CONFIG).kind == LORA
-
-
-def _common_base(found: Sequence[Candidate]) -> tuple[str, str | None]:
-    configs = [read_adapter_config(candidate.folder / CONFIG) for candidate in found]
-    named = {config.base for config in configs}
-    if len(named) > 1 or None in named:
-        told = "; ".join(f"{c.name}: {config.base or 'none'}" for c, config in zip(found, configs, strict=True))
-        raise ConfigError(f"the adapters do not name one base ({told}); say which (--base MODEL)")
-    revisions = {config.revision for config in configs if config.revision}
-    return str(configs[0].base), revisions.pop() if len(revisions) == 1 else None

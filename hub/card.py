@@ -41,8 +41,7 @@ def write_card(source: Source, repository: str, *, licence: str | None = None, e
         raise ConfigError(f"licence {licence!r}: give it as the Hub names it, such as apache-2.0, mit or cc-by-4.0")
     before = _read(existing, repository) if existing is not None else None
     licence = licence or (before.data.get("license") if before else None)
-    theirs = [result for result in before.data.eval_results or () if not _is_ours(result)] if before else []
-    data = _card_data(source, repository, licence, theirs)
+    data = _card_data(source, repository, licence, _theirs(before))
     parts = {name: text for name, text in _parts(source, repository, licence).items() if text}
     if before is None:
         return _assembled(data, f"# {repository.partition('/')[2]}\n\n" + _joined(parts))
@@ -56,8 +55,12 @@ def _both(ours: list[str] | None, theirs: list[str] | str) -> list[str]:
     return list(dict.fromkeys([*(ours or ()), *([theirs] if isinstance(theirs, str) else theirs)]))
 
 
-def _is_ours(result: EvalResult) -> bool:
-    return (result.metric_name or "").endswith(tuple(f" ({COLUMNS[column]})" for column in _SHOWN_IN_INDEX))
+def _theirs(before: ModelCard | None) -> list[EvalResult]:
+    """The results that people added; ours are named after the columns of our table."""
+    if before is None or not isinstance(before.data, ModelCardData):
+        return []
+    ours = tuple(f" ({COLUMNS[column]})" for column in _SHOWN_IN_INDEX)
+    return [result for result in before.data.eval_results or () if not (result.metric_name or "").endswith(ours)]
 
 
 def merged(text: str, parts: Mapping[str, str]) -> str:

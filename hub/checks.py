@@ -38,6 +38,11 @@ class AdapterConfig:
     data: dict[str, Any]
 
     @property
+    def named_base(self) -> str:
+        """Base and revision in words."""
+        return f"{self.base or 'none'}@{self.revision}" if self.revision else self.base or "none"
+
+    @property
     def facts(self) -> dict[str, str]:
         """What tells two adapters apart, in words."""
         targets = self.data.get("target_modules")
@@ -86,6 +91,25 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         if isinstance(error, LoramuxError):
             raise
         raise AdapterError(f"{path}: not readable as the config of an adapter ({type(error).__name__})") from None
+
+
+def common_base(configs: Mapping[str, AdapterConfig], remedy: str) -> tuple[str, str | None]:
+    """The base that all adapters name, and the revision that those name which name one.
+
+    Args:
+        configs: by what to call the adapter.
+        remedy: what to do where they do not agree.
+
+    Raises:
+        AdapterError: they name several bases or revisions, or one names none.
+    """
+    names = {config.base for config in configs.values()}
+    revisions = {config.revision for config in configs.values() if config.revision}
+    name = names.pop()
+    if name is None or names or len(revisions) > 1:
+        told = "; ".join(f"{called}: {config.named_base}" for called, config in configs.items())
+        raise AdapterError(f"the adapters do not name one base ({told}); {remedy}")
+    return name, revisions.pop() if revisions else None
 
 
 def skeleton(name: str, revision: str | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from ..adapters import LowRank, read_lora
 from ..adapters.lora_folder import CONFIG
 from ..support.errors import ConfigError
 from .checks import LORA, AdapterConfig, read_adapter_config, skeleton
-from .manifest import MANIFEST, read_manifest
+from .manifest import manifest_of
 from .pull import pull
 from .remote import Remote, split_revision
 from .source import adapter_folders
@@ -96,8 +96,7 @@ class _Place:
         folders = {own: root} if (root / CONFIG).is_file() else {f.name: f for f in adapter_folders(root)}
         if not folders:
             raise ConfigError(f"{name}: holds no adapters ({CONFIG})")
-        path = root / MANIFEST
-        manifest = read_manifest(path.read_text(encoding="utf-8"), name) if path.is_file() else None
+        manifest = manifest_of(root, name)
         scores = {task.folder or own: task.named_scores for task in (manifest.tasks if manifest else ())}
         return cls(folders, scores)
 

@@ -120,3 +120,9 @@ def read_manifest(text: str | None, where: str) -> Manifest | None:
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ConfigError) else f"{where}/{MANIFEST}: not readable as JSON"
         raise TrustError(reason) from None
+
+
+def manifest_of(folder: Path, called: str) -> Manifest | None:
+    """The manifest of a folder on this machine, as `read_manifest`."""
+    path = folder / MANIFEST
+    return read_manifest(path.read_text(encoding="utf-8") if path.is_file() else None, called)

@@ -14,7 +14,7 @@ from ..adapters.lora_folder import CONFIG, PICKLED, WEIGHTS
 from ..support.errors import AdapterError, ConfigError, TrustError
 from ..support.files import atomic_folder, write_json
 from .card import CARD
-from .checks import AdapterConfig, check_adapter, listed_adapters, names_of, read_adapter_config, skeleton
+from .checks import AdapterConfig, check_adapter, common_base, listed_adapters, names_of, read_adapter_config, skeleton
 from .remote import LARGEST_TEXT, Commit, Remote, check_name, sha256_of, split_revision
 from .signing import ATTESTATION, Attestation, verify
 
@@ -79,7 +79,8 @@ def pull(
     cached = _fetch(repository, commit, wanted, remote)
     hashes = {path: sha256_of(cached / path) for path in wanted}
     signature = _check_signature(repository, cached, hashes, trusted) if trusted is not None else None
-    _check_adapters([cached / folder for folder in adapters], base, force_base)
+    folders = {str(PurePosixPath(repository) / folder): cached / folder for folder in adapters}
+    _check_adapters(folders, base, force_base)
     left = sorted(set(commit.files) - set(wanted))
     pulled = Pulled(repository, commit.sha, cached, adapters, hashes, left, signature)
     return pulled if to is None else _copy(pulled, to, revision, remote.endpoint)
@@ -142,42 +143,30 @@ def _check_signature(
     return attestation
 
 
-def _check_adapters(folders: list[Path], base: str | None, force_base: bool) -> None:
-    configs = [read_adapter_config(folder / CONFIG) for folder in folders]
-    name, revision = split_revision(base) if base else _common_base(folders, configs)
+def _check_adapters(folders: Mapping[str, Path], base: str | None, force_base: bool) -> None:
+    configs = {called: read_adapter_config(folder / CONFIG) for called, folder in folders.items()}
+    remedy = "say which (--base MODEL --force-base)"
+    name, revision = split_revision(base) if base else common_base(configs, remedy)
     if base and not force_base:
-        _refuse_other_base(folders, configs, name, revision)
+        _refuse_other_base(configs, name, revision)
     model = skeleton(name, revision)
-    for folder in folders:
+    for folder in folders.values():
         check_adapter(folder, model)
 
 
-def _common_base(folders: list[Path], configs: list[AdapterConfig]) -> tuple[str, str | None]:
-    names = {config.base for config in configs}
-    revisions = {config.revision for config in configs if config.revision}
-    if len(names) > 1 or len(revisions) > 1 or configs[0].base is None:
-        told = "; ".join(f"{f.name}: {_called(c.base, c.revision)}" for f, c in zip(folders, configs, strict=True))
-        raise AdapterError(f"its adapters do not name one base ({told}); say which (--base MODEL --force-base)")
-    return configs[0].base, revisions.pop() if revisions else None
-
-
-def _refuse_other_base(folders: list[Path], configs: list[AdapterConfig], name: str, revision: str | None) -> None:
+def _refuse_other_base(configs: Mapping[str, AdapterConfig], name: str, revision: str | None) -> None:
     names = names_of(name)
-    for folder, config in zip(folders, configs, strict=True):
+    for called, config in configs.items():
         if config.base is not None and config.base not in names:
             raise AdapterError(
-                f"{folder.name}: an adapter of {config.base!r}, not of {name!r}; if that is a copy of it, say so "
+                f"{called}: an adapter of {config.base!r}, not of {name!r}; if that is a copy of it, say so "
                 "(--force-base)"
             )
         if revision and config.revision and config.revision != revision:
             raise AdapterError(
-                f"{folder.name}: an adapter of {_called(config.base, config.revision)}, not of its revision "
-                f"{revision!r}; take it nevertheless with --force-base"
+                f"{called}: an adapter of {config.named_base}, not of its revision {revision!r}; take it nevertheless "
+                "with --force-base"
             )
-
-
-def _called(base: str | None, revision: str | None) -> str:
-    return f"{base or 'none'}@{revision}" if revision else base or "none"
 
 
 def _refuse_other_folder(to: Path | None, repository: str) -> None:

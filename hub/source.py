@@ -15,6 +15,7 @@ from ..training.exports import EXPORTS
 from ..training.recipe import Recipe, public_recipe
 from ..training.report import COLUMNS, Results
 from ..training.run_folder import RunFolder
+from .checks import common_base, read_adapter_config
 
 REPORT = "export.json"
 MIXTURE = "mixture"
@@ -112,7 +113,8 @@ def read_source(place: Path, *, examples: int) -> Source:
 
     Raises:
         RunError: there is nothing finished to publish.
-        ConfigError: the adapters are of different bases, or of one that only this machine can find.
+        ConfigError: the adapters are of a base that only this machine can find.
+        AdapterError: they are of several, or what one says of itself cannot be read.
     """
     if (place / CONFIG).is_file():
         return _exports(place, [place], examples)
@@ -143,7 +145,7 @@ def _exports(place: Path, folders: list[Path], examples: int) -> Source:
     recipes = {str(adapter.report.get("card", {}).get("recipe", "")) for adapter in adapters}
     return Source(
         place=place,
-        base=_common_base(folders, place),
+        base=_public_base(folders, place),
         adapters=adapters,
         method=methods.pop() if len(methods) == 1 else "",
         recipe=recipes.pop() if len(recipes) == 1 else "",
@@ -158,7 +160,7 @@ def _run(place: Path, examples: int) -> Source:
     configs = {config.name: config for config in read_task_configs(recipe.tasks)} if recipe.tasks else {}
     order = {name: number for number, name in enumerate(configs)}
     exports = sorted(adapter_folders(place / EXPORTS), key=lambda folder: order.get(folder.name, len(order)))
-    base = _common_base([*exports, mixture], place)
+    base = _public_base([*exports, mixture], place)
     shown = _answered(place, results, examples)
     adapters = tuple(
         _with_results(_adapter(export, examples), results, shown, configs.get(export.name)) for export in exports
@@ -257,28 +259,13 @@ def _json(path: Path, text: str) -> dict[str, Any]:
         raise RunError(f"{path}: not readable as JSON ({error}); make it again") from None
 
 
-def _common_base(folders: list[Path], place: Path) -> BaseIdentity:
-    named = {folder: _named_base(folder) for folder in folders}
-    found = {name for name, _ in named.values()}
-    if len(found) > 1:
-        told = "; ".join(f"{folder.name} names {name}" for folder, (name, _) in named.items())
-        raise ConfigError(f"{place}: adapters of different bases ({told}); publish them one by one")
-    (name,) = found
-    if not name or name.startswith((".", "~")) or Path(name).is_absolute():
+def _public_base(folders: list[Path], place: Path) -> BaseIdentity:
+    configs = {str(folder): read_adapter_config(folder / CONFIG) for folder in folders}
+    name, revision = common_base(configs, "publish those of one base together, from a folder of their own")
+    if name.startswith((".", "~")) or Path(name).is_absolute():
         raise ConfigError(
-            f"{place}: its adapters name {name or 'no'!r} base, which nobody else can find; say in the recipe which "
+            f"{place}: its adapters name {name!r} as their base, which nobody else can find; say in the recipe which "
             "public model it is (base.known_as: owner/name), train again, or export it with --base-id owner/name and "
             "publish the exports"
         )
-    revisions = {revision for _, revision in named.values() if revision}
-    if len(revisions) > 1:
-        raise ConfigError(f"{place}: adapters of different revisions of {name} ({', '.join(sorted(revisions))})")
-    return BaseIdentity(name, revisions.pop() if revisions else None)
-
-
-def _named_base(folder: Path) -> tuple[str, str | None]:
-    try:
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return data.get("base_model_name_or_path") or "", data.get("revision")
-    except (OSError, ValueError, AttributeError):
-        raise RunError(f"{folder / CONFIG}: not readable as the config of an adapter") from None
+    return BaseIdentity(name, revision)

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from loramux.hub.card import write_card
 from loramux.hub.source import Answered, Source, read_source
-from loramux.support.errors import ConfigError, RunError
+from loramux.support.errors import AdapterError, ConfigError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,9 @@ def test_a_folder_with_nothing_to_publish(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_model_name_or_path": "other/base"}, "adapters of different bases .*home names other/base.*one by one"),
+        ({"base_model_name_or_path": "other/base"}, "do not name one base .*home: other/base.*together, from a folder"),
         ({"revision": "abc"}, None),
-        ({"base_model_name_or_path": "/home/mia/base"}, "different bases"),
+        ({"base_model_name_or_path": None}, "do not name one base .*home: none"),
     ],
 )
 def test_adapters_must_be_of_one_public_base(
@@ -189,18 +189,18 @@ def test_adapters_must_be_of_one_public_base(
     if message is None:
         assert read_source(tmp_path / "exports", examples=1).base.revision == "abc"
         edit(tmp_path / "exports" / "sound", {"revision": "def"})
-        message = "adapters of different revisions of somebody/tiny-base"
-    with pytest.raises(ConfigError, match=message):
+        message = "home: somebody/tiny-base@abc; .*sound: somebody/tiny-base@def"
+    with pytest.raises(AdapterError, match=message):
         read_source(tmp_path / "exports", examples=1)
 
 
 def test_a_base_that_nobody_else_can_find_is_refused(finished_job: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_job / "exports" / "home", tmp_path / "home")
     edit(tmp_path / "home", {"base_model_name_or_path": "/home/mia/base"})
-    with pytest.raises(ConfigError, match=r"name '/home/mia/base' base, which nobody else can find.*known_as"):
+    with pytest.raises(ConfigError, match=r"name '/home/mia/base' as their base, which nobody else can find.*known_as"):
         read_source(tmp_path / "home", examples=1)
     (tmp_path / "home" / "adapter_config.json").write_text("{")
-    with pytest.raises(RunError, match="not readable as the config of an adapter"):
+    with pytest.raises(AdapterError, match="not readable as the config of an adapter"):
         read_source(tmp_path / "home", examples=1)
 
 

@@ -207,6 +207,19 @@ def test_another_base_or_revision_must_be_forced(local_hub: RunningHub, adapter:
     assert get(name, local_hub, base="somebody/tiny-base@abc")
 
 
+def test_adapters_of_the_same_name_in_different_folders_are_all_looked_at(
+    local_hub: RunningHub, adapter: Path, tmp_path: Path
+) -> None:
+    for place in ("a", "b"):
+        shutil.copytree(adapter, tmp_path / "both" / place / "home")
+    config(tmp_path / "both" / "a" / "home", base_model_name_or_path="other/base")
+    name = put(tmp_path / "both", "mia/both", local_hub)
+    with pytest.raises(AdapterError, match="mia/both/a/home: other/base; mia/both/b/home: somebody/tiny-base"):
+        get(name, local_hub)
+    with pytest.raises(AdapterError, match="mia/both/a/home: an adapter of 'other/base'"):
+        get(name, local_hub, base="somebody/tiny-base")
+
+
 def test_a_base_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"base 'mia/no-base': its config cannot be had.*\n.*--base FOLDER"):

@@ -188,7 +188,7 @@ def test_adapters_of_several_bases(finished_job: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished_job / "exports" / "home", tmp_path / "other"))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "other/base"}))
-    with pytest.raises(ConfigError, match=r"do not name one base .*say which \(--base MODEL\)"):
+    with pytest.raises(AdapterError, match=r"do not name one base .*say which \(--base MODEL\)"):
         gather([str(folder), str(finished_job)], NOWHERE)
     with pytest.raises(AdapterError, match="an adapter of another base"):
         gather([str(folder)], NOWHERE, base=BASE)
