@@ -1,16 +1,24 @@
 """What an adapter's name stands for: one content at a time, which never changes while anybody uses it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from .errors import ServingError
 from .factors import PackedLora
-from .request import Route
+from .request import Route, mixed_weights
 from .sources import Found
 
 State = Literal["memory", "disk", "unloading"]
+
+
+class Held(NamedTuple):
+    """What is in host memory."""
+
+    adapters: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -127,3 +135,27 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def mixed(parts: Sequence[tuple[Lease, float]], most_rank: int) -> Lease:
+    """The weighted sum of adapters that are leased; given back, it gives them all back.
+
+    Raises:
+        ServingError: `rank_limit_exceeded`.
+    """
+    rank = sum(lease.route.rank for lease, _ in parts)
+    if rank > most_rank:
+        raise ServingError(
+            "rank_limit_exceeded", f"the mix has rank {rank}, the sum of its adapters; at most {most_rank}"
+        )
+    route = Route(
+        name="+".join(lease.route.name for lease, _ in parts),
+        weights=mixed_weights([(lease.route.weights, share) for lease, share in parts]),
+        parts=tuple((lease.route.parts[0][0], share) for lease, share in parts),
+    )
+
+    def give_back() -> None:
+        for lease, _ in parts:
+            lease.release()
+
+    return Lease(route, tuple(lease.info for lease, _ in parts), give_back)

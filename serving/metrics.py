@@ -9,11 +9,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from .request import Finished
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-OTHER = "_other"
+OTHER = "(other)"
 """The label of all adapters beyond the limit, which no adapter can be called."""
-
-
-MIX = "_mix"
+MIX = "(mix)"
 """The label of all weighted mixes of adapters."""
 
 
@@ -22,11 +20,13 @@ class Metrics:
 
     Args:
         gauges: what there is at the moment, by name, as `(help, label, values by label value)`.
+        serves: whether an adapter is served; a late answer of one that is not gets no series of its own.
         labels: adapters that get series of their own.
     """
 
-    def __init__(self, gauges: Callable[[], "Gauges"], labels: int) -> None:
+    def __init__(self, gauges: Callable[[], "Gauges"], serves: Callable[[str], bool], labels: int) -> None:
         self.registry = CollectorRegistry()
+        self._serves = serves
         self._labels, self._known = labels, set[str]()
         self.requests = self._counter("requests", "Answers by adapter and how they ended", "adapter", "end")
         self.tokens = self._counter("tokens", "Tokens by adapter: prompt, cached, completion", "adapter", "kind")
@@ -58,8 +58,8 @@ class Metrics:
         self.requests.labels(self.label(adapter), code).inc()
 
     def label(self, adapter: str) -> str:
-        """An adapter's own label while there are few, one for all others after that."""
-        if adapter not in self._known and len(self._known) >= self._labels:
+        """An adapter's own label while there are few, and while it is served; one for all others."""
+        if adapter not in self._known and (len(self._known) >= self._labels or not self._serves(adapter)):
             return OTHER
         self._known.add(adapter)
         return adapter

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .generations import AdapterInfo
+from .generations import AdapterInfo, Held
 from .request import Request, Route
 
 
@@ -43,6 +43,11 @@ class Store(Protocol):
     def lease_now(self, name: str) -> Lease | None: ...
 
     def mix(self, weights: Mapping[str, float]) -> Lease: ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def held(self) -> Held | None:
+        """What is in this process's memory; None where adapters are elsewhere."""
 
     def list(self) -> Sequence[AdapterInfo]: ...
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ..adapters import LoramuxModel
 from ..adapters.lora_folder import CONFIG
 from ..bases import resolve_base
 from ..routing import Granularity
+from ..support.console import say
 from ..support.errors import ConfigError, DataError
 from ..tasks import Task, load_tasks
 from ..training.exports import EXPORTS, REFUSED
@@ -20,6 +21,8 @@ from ..training.recipe import Recipe
 from ..training.run import load_run, public_name
 from ..training.run_folder import RunFolder
 from .choice import LearnedRouter
+from .config import ServeConfig
+from .errors import ServingError
 
 EXAMPLES = 8
 """Prompts of each task from which prototypes are made."""
@@ -73,11 +76,43 @@ def run_adapters(folder: Path) -> RunAdapters:
     run = RunFolder(folder)
     run.verify_mixture()
     recipe, root = run.read_recipe(), folder / EXPORTS
-    found = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{CONFIG}"))}
+    found = _adapters_below(root)
     refused = root / REFUSED
     missing = json.loads(refused.read_text(encoding="utf-8")) if refused.is_file() else {}
     names = (recipe.base.model, resolve_base(recipe.base.model), public_name(recipe), *recipe.base.also_called)
     return RunAdapters(root, found, missing, tuple(dict.fromkeys(names)))
+
+
+def register_all(
+    places: Iterable[Path], runs: Iterable[RunAdapters], register: Callable[[str, Path], object]
+) -> dict[Path, ServingError]:
+    """Register the adapters of runs, and all that lie right below folders, under their folders' names.
+
+    Returns:
+        Why others were refused, by folder; they harm nobody, and the user is told.
+    """
+    folders = [pair for run in runs for pair in run.folders.items()]
+    folders += [pair for place in places for pair in _adapters_below(place).items()]
+    refused: dict[Path, ServingError] = {}
+    for name, folder in folders:
+        try:
+            register(name, folder)
+        except ServingError as error:
+            refused[folder] = error
+            say(f"{folder} is not served: {error}")
+    return refused
+
+
+def _adapters_below(folder: Path) -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}
+
+
+def check_run_settings(config: ServeConfig) -> None:
+    """Raises ConfigError where settings contradict the runs that are served."""
+    if config.base is not None or config.revision is not None:
+        raise ConfigError("base: the runs bring theirs; leave base and revision out, or serve their exports (adapters)")
+    if config.quantize is not None:
+        raise ConfigError("quantize: adapters of a run belong to its whole base; serve its exports (adapters) instead")
 
 
 def served_run(folder: Path) -> ServedRun:

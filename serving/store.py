@@ -6,7 +6,6 @@ meanwhile, so adapters that are in memory are leased at once.
 """
 
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,21 +18,19 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..adapters.lora_folder import CONFIG
 from ..hub.remote import Remote
 from .errors import ServingError
 from .factors import FactorLayout, PackedLora
-from .generations import Adapter, AdapterInfo, Generation, Lease
+from .generations import Adapter, AdapterInfo, Generation, Held, Lease, mixed
 from .loading import AdapterLoader
+from .names import check_expected, check_name, exists, not_found
 from .request import Route
-from .sources import Sources, shortened
+from .sources import Sources
 from .threads import compute_on_one_thread
 from .tiers import HostMemory
 
 T = TypeVar("T")
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_RESERVED = ("auto", "base")
 _MOST_PARTS = 16
 
 
@@ -84,7 +81,7 @@ class AdapterStore:
         hub: Remote | None = None,
     ) -> None:
         self.limits = limits or StoreLimits()
-        self._reserved = {*_RESERVED, *base_names, *reserved}
+        self._reserved = {*base_names, *reserved}
         self._sources = Sources(roots, hub=hub, most_bytes=self.limits.file_bytes, download_s=self.limits.load_s)
         self._loader = AdapterLoader(
             layout, base_model, base_names, most_rank=self.limits.rank, most_bytes=self.limits.file_bytes, dtype=dtype
@@ -113,11 +110,13 @@ class AdapterStore:
         with self._changed:
             return {name: adapter.prompts for name, adapter in self._adapters.items() if not adapter.leaving}
 
-    @property
-    def nbytes(self) -> int:
-        """Of all factors in host memory."""
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def held(self) -> Held:
+        """What is in host memory, with what was replaced or unloaded and is still used."""
         with self._changed:
-            return self._memory.nbytes
+            return Held(len(self._memory), self._memory.nbytes)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call `listener` after every load, replacement and unloading; it must be quick."""
@@ -149,9 +148,9 @@ class AdapterStore:
                 `generation_mismatch`, `adapter_unloading`, `adapter_load_busy`, `adapter_load_timeout`, and as
                 `Sources.find`, `AdapterLoader.load`, `HostMemory.admit` and `pin`.
         """
-        self._check_name(name)
+        check_name(name, self._reserved)
         if expected_generation is not None:
-            self._check_expected(self._read_once(name), expected_generation)
+            check_expected(name, self._read_once(name).generation.sha256, expected_generation)
         found = self._sources.find(str(source), revision)
         generation, lora = self._wait(self._submit(lambda: self._loader.load(found)), found.origin)
         with self._changed:
@@ -182,29 +181,15 @@ class AdapterStore:
         Raises:
             ServingError: as `load`.
         """
-        self._check_name(name)
+        check_name(name, self._reserved)
         generation = self._loader.check(self._sources.find(str(folder.absolute())))
         with self._changed:
             if name in self._adapters:
-                raise _exists(name)
+                raise exists(name)
             adapter = self._adapters[name] = Adapter(name, generation, tuple(prompts))
             info = adapter.info
         self._tell()
         return info
-
-    def scan(self, folder: Path) -> dict[str, ServingError]:
-        """Register every adapter right below a folder under its folder's name.
-
-        Returns:
-            Why others were refused, by name; they harm nobody.
-        """
-        refused: dict[str, ServingError] = {}
-        for config in sorted(folder.glob(f"*/{CONFIG}")):
-            try:
-                self.register(config.parent.name, config.parent)
-            except ServingError as error:
-                refused[config.parent.name] = error
-        return refused
 
     def unload(self, name: str, *, force: bool = False, timeout_s: float = 30.0) -> None:
         """Forget a name. New requests are refused at once; those in flight are waited for.
@@ -266,10 +251,11 @@ class AdapterStore:
         """
         with self._changed:
             adapter = self._takes_requests(name)
-            if adapter.generation.lora is None:
+            generation = adapter.generation
+            if generation.lora is None:
                 return None
-            self._hold(adapter, adapter.generation)
-        return self._lease(adapter, adapter.generation)
+            self._hold(adapter, generation)
+        return self._lease(adapter, generation)
 
     def mix(self, weights: Mapping[str, float]) -> Lease:
         """A weighted sum of adapters for one request.
@@ -285,7 +271,7 @@ class AdapterStore:
         try:
             for name, share in weights.items():
                 parts.append((self._leased_until(name, 0.0), float(share)))  # who holds some waits for none
-            return self._mixed(parts)
+            return mixed(parts, self.limits.rank)
         except BaseException:
             for lease, _ in parts:
                 lease.release()
@@ -293,23 +279,9 @@ class AdapterStore:
 
     # ------------------------------------------------------------------ inside: names
 
-    def _check_name(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise ServingError(
-                "adapter_name_invalid",
-                f"an adapter cannot be called {shortened(name)!r}: 1-128 letters, digits, `_`, `-` and `.`, the first "
-                "one no `.` or `-`",
-            )
-        if name in self._reserved:
-            raise ServingError(
-                "adapter_name_reserved",
-                f"{name!r} stands for something else here; choose another name",
-                409,
-            )
-
     def _known(self, name: str) -> Adapter:
         if name not in self._adapters:
-            raise ServingError("adapter_not_found", f"no adapter {shortened(name)!r} is served here", 404)
+            raise not_found(name)
         return self._adapters[name]
 
     def _takes_requests(self, name: str) -> Adapter:
@@ -320,16 +292,6 @@ class AdapterStore:
     def _check_stays(self, adapter: Adapter) -> None:
         if adapter.leaving:
             raise ServingError("adapter_unloading", f"{adapter.name!r} is being unloaded; it takes no requests", 409)
-
-    def _check_expected(self, adapter: Adapter, expected: str) -> None:
-        now = adapter.generation.sha256
-        if now != expected:
-            raise ServingError(
-                "generation_mismatch",
-                f"{adapter.name!r} stands for generation {now}, not {shortened(expected)}; look what it is now, and "
-                "decide again",
-                409,
-            )
 
     def _read_once(self, name: str) -> Adapter:
         """An adapter whose generation is known, for which its files may have to be read a first time."""
@@ -348,11 +310,11 @@ class AdapterStore:
             return adapter
         own = adapter.generation
         if expected is not None:
-            self._check_expected(adapter, expected)
+            check_expected(name, own.sha256, expected)
         elif not (
             own.sha256 == generation.sha256 or (own.sha256 is None and own.found.folder == generation.found.folder)
         ):
-            raise _exists(name)
+            raise exists(name)
         if own.sha256 == generation.sha256:
             own.found = generation.found
             self._memory.admit(own, lora)
@@ -417,24 +379,6 @@ class AdapterStore:
             info = adapter.info
         route = Route(adapter.name, sha256, ((lora, 1.0),))
         return Lease(route, (info,), lambda: self._let_go(adapter, generation))
-
-    def _mixed(self, parts: Sequence[tuple[Lease, float]]) -> Lease:
-        rank = sum(lease.route.rank for lease, _ in parts)
-        if rank > self.limits.rank:
-            raise ServingError(
-                "rank_limit_exceeded", f"the mix has rank {rank}, the sum of its adapters; at most {self.limits.rank}"
-            )
-        route = Route(
-            name="+".join(lease.route.name for lease, _ in parts),
-            weights=" ".join(f"{lease.route.weights}*{share!r}" for lease, share in parts),
-            parts=tuple((lease.route.parts[0][0], share) for lease, share in parts),
-        )
-
-        def give_back() -> None:
-            for lease, _ in parts:
-                lease.release()
-
-        return Lease(route, tuple(lease.info for lease, _ in parts), give_back)
 
     # ------------------------------------------------------------------ inside: reading
 
@@ -504,11 +448,3 @@ class AdapterStore:
             raise ServingError(
                 "adapter_load_timeout", f"{origin}: not read within {self.limits.load_s:g} s; try again", 504
             ) from None
-
-
-def _exists(name: str) -> ServingError:
-    return ServingError(
-        "adapter_exists",
-        f"{name!r} stands for other files already; to replace them, say which generation you expect there",
-        409,
-    )

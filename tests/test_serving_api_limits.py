@@ -25,6 +25,8 @@ from loramux.serving.config import ServeConfig, load_serve_config
 from loramux.serving.errors import ServingError
 from loramux.serving.keys import Keys
 from loramux.serving.launch import open_service
+from loramux.serving.metrics import MIX, OTHER, Metrics
+from loramux.serving.names import check_name
 from loramux.support.config import parse
 from loramux.support.errors import ConfigError
 
@@ -436,10 +438,30 @@ def test_metrics_count_by_adapter_and_know_few_of_them(loras):
     assert 'loramux_requests_total{adapter="red",end=' in text
     assert 'adapter="green"' not in text
     assert 'adapter="nobody"' not in text
-    assert 'loramux_tokens_total{adapter="_other",kind="completion"}' in text
+    assert 'loramux_tokens_total{adapter="(other)",kind="completion"}' in text
     assert 'loramux_http_requests_total{route="/v1/completions",status="404"} 1.0' in text
     for name in ("slots", "answers_running", "adapters_in_memory", "queue_seconds", "first_token_seconds"):
         assert f"\nloramux_{name}" in text
+
+
+def test_a_late_answer_of_an_adapter_that_is_gone_takes_no_place_among_the_labels():
+    served = {"red"}
+    metrics = Metrics(dict, served.__contains__, labels=1)
+    metrics.note_failure("red", "early")
+    served.clear()
+    metrics.forget("red")
+    metrics.note_failure("red", "late")
+    served.add("green")
+    metrics.note_failure("green", "early")
+    assert b'adapter="red"' not in metrics.text()
+    assert metrics.text().count(b'loramux_requests_total{adapter="green",end="early"} 1.0') == 1
+    assert metrics.text().count(b'loramux_requests_total{adapter="(other)",end="late"} 1.0') == 1
+
+
+@pytest.mark.parametrize("label", [OTHER, MIX])
+def test_no_adapter_is_called_as_all_others_are(label):
+    with pytest.raises(ServingError, match="an adapter cannot be called"):
+        check_name(label, ())
 
 
 def test_every_code_is_in_the_docs(repository):

@@ -117,6 +117,15 @@ def test_very_many_adapters_are_not_all_listed_in_a_refusal(loras, tmp_path):
         assert text(live, "adapter7") == stock_text(loras / "red")
 
 
+def test_the_metrics_tell_the_memory_of_what_was_unloaded_and_is_still_used(live, loras):
+    load(live, "leaving", loras / "blue")
+    with live.service.store.lease("leaving") as lease:
+        before = live.service.gauges()["adapter_bytes"][2][""]
+        live.service.store.unload("leaving", force=True)
+        assert live.service.gauges()["adapter_bytes"][2][""] == before
+    assert live.service.gauges()["adapter_bytes"][2][""] == before - lease.info.nbytes
+
+
 def test_requests_in_flight_finish_on_what_they_began(live, loras):
     load(live, "mine", loras / "red")
     body = {"model": "mine", "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "temperature": 0}

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from loramux.hub.remote import Remote
 from loramux.serving.errors import ServingError
 from loramux.serving.generations import Lease
+from loramux.serving.runs import register_all
 from loramux.serving.slots import layout_of
 from loramux.serving.store import AdapterStore, StoreLimits
 
@@ -134,7 +135,7 @@ def test_the_list_says_what_there_is(root: Path, store: AdapterStore) -> None:
     first, second = store.list()
     assert (first.name, first.state, first.pinned, first.leases, first.source) == ("first", "memory", True, 0, "a")
     assert (second.name, second.state, second.generation) == ("second", "disk", None)
-    assert first.nbytes == store.nbytes
+    assert first.nbytes == store.held().nbytes
     with store.lease("second") as lease:
         assert store.list()[1].leases == 1
     second = store.list()[1]
@@ -319,8 +320,8 @@ def test_requests_in_flight_finish_on_their_generation(store: AdapterStore) -> N
         assert torch.equal(lease.route.parts[0][0].flat, old)
         assert lease.info.generation == first.generation
         assert not torch.equal(vector(store, "x"), old)
-        assert store.nbytes == 2 * first.nbytes
-    assert store.nbytes == first.nbytes
+        assert store.held().nbytes == 2 * first.nbytes
+    assert store.held().nbytes == first.nbytes
 
 
 def test_unloading_waits_for_those_in_flight_and_refuses_new_ones(store: AdapterStore) -> None:
@@ -338,7 +339,7 @@ def test_unloading_waits_for_those_in_flight_and_refuses_new_ones(store: Adapter
         lease.release()
         unloading.result(5)
     assert refusal(store.lease, "x").code == "adapter_not_found"
-    assert (store.list(), store.nbytes) == ((), 0)
+    assert (store.list(), store.held().nbytes) == ((), 0)
     store.load("x", "b")
 
 
@@ -365,7 +366,7 @@ def test_unloading_by_force_leaves_those_in_flight_what_they_have(store: Adapter
     assert torch.equal(lease.route.parts[0][0].flat, expected)
     lease.release()
     lease.release()
-    assert store.nbytes == 0
+    assert store.held().nbytes == 0
 
 
 def test_whoever_holds_a_lease_has_the_bytes_of_its_generation_whatever_others_do(root: Path) -> None:
@@ -383,7 +384,7 @@ def test_whoever_holds_a_lease_has_the_bytes_of_its_generation_whatever_others_d
     def check(lease: Lease) -> None:
         with lease:
             time.sleep(0.002)
-            for lora, generation in zip(lease.route.parts, lease.route.weights.split(), strict=True):
+            for lora, generation in zip(lease.route.parts, lease.route.weights.split("+"), strict=True):
                 assert torch.equal(lora[0].flat, expected[generation.split("*")[0]])
 
     def use(seed: int) -> None:
@@ -413,7 +414,7 @@ def test_whoever_holds_a_lease_has_the_bytes_of_its_generation_whatever_others_d
     for info in store.list():
         assert info.leases == 0
         store.unload(info.name)
-    assert store.nbytes == 0
+    assert store.held().nbytes == 0
 
 
 # ---------------------------------------------------------------------- memory and disk
@@ -436,7 +437,7 @@ def test_bytes_are_a_limit_too(root: Path) -> None:
     store = make_store(root, nbytes=5 * size)
     for name in "abcd":
         store.load(name, name)
-    assert store.nbytes == 4 * size
+    assert store.held().nbytes == 4 * size
     store.load("wide", "wide")  # four times as wide
     assert states(store) == {"a": "disk", "b": "disk", "c": "disk", "d": "memory", "wide": "memory"}
     refused = refusal(make_store(root, nbytes=size - 1).load, "a", "a")
@@ -592,15 +593,15 @@ def test_a_folder_of_adapters_is_served_by_their_names_and_bad_ones_are_told(roo
     configure(root / "c", peft_type="IA3")
     (root / "d").rename(root / "not a name")
     (root / "b" / WEIGHTS).write_bytes((root / "b" / WEIGHTS).read_bytes()[:1000])
-    refused = store.scan(root)
-    assert {name: error.code for name, error in refused.items()} == {
-        "b": "adapter_invalid",
-        "c": "adapter_invalid",
-        "not a name": "adapter_name_invalid",
+    refused = register_all((root,), (), store.register)
+    assert {folder: error.code for folder, error in refused.items()} == {
+        root / "b": "adapter_invalid",
+        root / "c": "adapter_invalid",
+        root / "not a name": "adapter_name_invalid",
     }
-    assert "not a whole safetensors file" in refused["b"].message
+    assert "not a whole safetensors file" in refused[root / "b"].message
     assert states(store) == dict.fromkeys(["a", "narrow", "wide"], "disk")
-    assert store.scan(root)["a"].code == "adapter_exists"
+    assert register_all((root,), (), store.register)[root / "a"].code == "adapter_exists"
     for name in states(store):
         store.lease(name).release()
 
@@ -614,12 +615,12 @@ def test_a_thousand_adapters_are_known_soon_and_kept_within_the_limits(root: Pat
     size = make_store(root).load("a", "a").nbytes
     store = make_store(many, adapters=20, nbytes=50 * size)
     start = time.process_time()
-    assert not store.scan(many)
+    assert not register_all((many,), (), store.register)
     assert time.process_time() - start < 5
-    assert store.nbytes == 0
+    assert store.held().nbytes == 0
     for number in range(0, 1000, 20):
         store.lease(f"a{number}").release()
-        assert store.nbytes <= 20 * size
+        assert store.held().nbytes <= 20 * size
     assert len(store.list()) == 1000
 
 
@@ -631,7 +632,7 @@ def test_a_mix_leases_all_its_adapters_and_gives_all_back(store: AdapterStore) -
     with store.mix({"a": 0.25, "wide": -2}) as lease:
         route = lease.route
         assert (route.name, route.rank) == ("a+wide", 20)
-        assert route.weights == f"{infos[0].generation}*0.25 {infos[1].generation}*-2.0"
+        assert route.weights == f"{infos[0].generation}*0.25+{infos[1].generation}*-2.0"
         assert [share for _, share in route.parts] == [0.25, -2.0]
         assert [info.name for info in lease.infos] == ["a", "wide"]
         assert [info.leases for info in store.list()] == [1, 1]

@@ -45,7 +45,7 @@ class Service:
         self.started = int(time.time())
         self.at_close: list[Callable[[], None]] = []
         self.admission = Admission(self.config.memory.slots, self.config.limits.queue)
-        self.metrics = Metrics(self.gauges, self.config.limits.adapter_labels)
+        self.metrics = Metrics(self.gauges, self.serves, self.config.limits.adapter_labels)
         self._store_threads = ThreadPoolExecutor(_STORE_THREADS, "loramux-store")
         self._change_threads = ThreadPoolExecutor(_CHANGE_THREADS, "loramux-changes")
         self._text_thread = ThreadPoolExecutor(1, "loramux-text")
@@ -79,22 +79,28 @@ class Service:
     def gauges(self) -> Gauges:
         """What there is at the moment, for the metrics."""
         stats = self.engine.stats()
-        adapters = self.store.list()
-        resident = [one.nbytes for one in adapters if one.state == "memory"]
         queue: dict[str, float] = {}
         for name, waiting in stats.waiting_by_name.items():
             label = self.metrics.label(MIX if "+" in name else name)
             queue[label] = queue.get(label, 0) + waiting
+        held = self.store.held()
+        memory: Gauges = {}
+        if held is not None:
+            memory["adapters_in_memory"] = ("Adapters in host memory", None, {"": held.adapters})
+            memory["adapter_bytes"] = ("Host memory of adapters", None, {"": held.nbytes})
         return {
             "answers_running": ("Answers in slots", None, {"": stats.running + stats.prefilling}),
             "answers_waiting": ("Answers that wait for a slot, by adapter", "adapter", queue),
             "slots": ("Slots for answers", None, {"": self.config.memory.slots}),
             "cache_tokens": ("Tokens that running answers may come to need", None, {"": stats.cache_tokens}),
             "prefix_bytes": ("Keys and values kept of finished answers", None, {"": stats.prefix_bytes}),
-            "adapters": ("Adapters that are served", None, {"": len(adapters)}),
-            "adapters_in_memory": ("Adapters in host memory", None, {"": len(resident)}),
-            "adapter_bytes": ("Host memory of adapters", None, {"": sum(resident)}),
+            "adapters": ("Adapters that are served", None, {"": len(self.store.list())}),
+            **memory,
         }
+
+    def serves(self, name: str) -> bool:
+        """Whether something answers under this name, which metrics are told of."""
+        return name in ("base", MIX) or name in self.mixtures or name in self.store
 
     def close(self) -> None:
         for close in self.at_close:

@@ -43,7 +43,8 @@ function showStatus(status) {
   const now = status.now;
   element("base").textContent = status.base;
   const load = `${now.answers_running} of ${now.slots} slots busy, ${status.in_flight} answers in the making`;
-  const held = `${now.adapters_in_memory} of ${now.adapters} adapters in memory`;
+  const inMemory = now.adapters_in_memory === undefined ? "" : `${now.adapters_in_memory} of `;  // else on replicas
+  const held = `${inMemory}${now.adapters} adapters${inMemory && " in memory"}`;
   element("load").textContent = `${load}; ${held}${status.is_draining ? "; shutting down" : ""}`;
   element("newline-label").hidden = status.has_chat_template;
   if (first) element("newline").checked = !status.has_chat_template;

@@ -3,57 +3,88 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from ray import serve
 
 from ...bases import BUNDLED, load_tokenizer
+from ...support.config import config as config_class
 from ...support.config import parse, to_data
-from ...support.console import say
 from ...training.run_folder import RunFolder
 from ..api import build_app
 from ..api.service import Service
-from ..config import ServeConfig, load_serve_config
-from ..errors import ServingError
+from ..config import Positive, ServeConfig, load_serve_config
 from ..keys import Keys
-from ..runs import run_adapters
+from ..runs import RunAdapters, check_run_settings, register_all, run_adapters
 from .choosing import Choosing
 from .front import RemoteChooser, RemoteEngine, RemoteStore
 from .replica import Replica
+
+
+@config_class
+class Deployments:
+    """What `serve run` can be told.
+
+    Attributes:
+        config: the YAML file of `loramux serve`.
+        replicas: how many.
+        cpus, gpus: of each.
+    """
+
+    config: Path | None = None
+    replicas: Positive = 2
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
 def build(arguments: dict[str, str]) -> Any:
     """The application.
 
     Args:
-        arguments: `config`, the YAML file of `loramux serve`; `replicas`, how many (default 2); `cpus` and `gpus` of
-            each.
+        arguments: of `Deployments`.
 
     Raises:
-        ConfigError: the settings cannot be used.
+        ConfigError: the arguments, the settings or the keys cannot be used.
         RunError: a run that is named is not finished, or damaged.
     """
-    config = load_serve_config(Path(arguments["config"]) if "config" in arguments else None, [], {})
+    how = parse(Deployments, arguments, where="serve run")
+    config, runs = opened(load_serve_config(how.config, [], {}))
     keys = Keys.read(config, os.environ, is_local=False)  # where Ray listens is not for us to say
-    places = {run: run_adapters(run) for run in config.runs}
-    if config.runs:
-        recipe = RunFolder(config.runs[0]).read_recipe()
-        names = (*config.also_called, *(name for place in places.values() for name in place.base_names))
-        config = replace(config, base=recipe.base.model, revision=recipe.base.revision, also_called=names)
-    roots = (*config.roots, *config.adapters, *(place.root for place in places.values()))
-    behind = to_data(replace(config, runs=(), adapters=(), roots=roots, choice=False))
+    roots = (*config.roots, *config.adapters, *(run.root for run in runs))
+    behind = replace(config, runs=(), adapters=(), roots=roots, choice=False, host="localhost")
+    behind = replace(behind, api_keys_file=None, admin_key_file=None)  # the front alone is asked, and asks for keys
     most = config.memory.slots + config.limits.queue
-    resources = {"num_cpus": float(arguments.get("cpus", 1)), "num_gpus": float(arguments.get("gpus", 0))}
     light = {"max_ongoing_requests": most, "ray_actor_options": {"num_cpus": 0.1}}
-    count = int(arguments.get("replicas", 2))
     replicas = (
         serve.deployment(Replica)
-        .options(num_replicas=count, max_ongoing_requests=most, ray_actor_options=resources)
-        .bind(behind)
+        .options(
+            num_replicas=how.replicas,
+            max_ongoing_requests=most,
+            ray_actor_options={"num_cpus": how.cpus, "num_gpus": how.gpus},
+        )
+        .bind(to_data(behind))
     )
     choosing = serve.deployment(Choosing).options(**light).bind(to_data(config), replicas) if config.choice else None
     front = serve.deployment(serve.ingress()(Front)).options(**light)
     return front.bind(to_data(config), keys, replicas, choosing)
+
+
+def opened(config: ServeConfig) -> tuple[ServeConfig, list[RunAdapters]]:
+    """Settings with what the runs in them bring, and the adapters of these runs.
+
+    Raises:
+        ConfigError: the settings contradict the runs.
+        RunError: as `run_adapters`.
+    """
+    if not config.runs:
+        return config, []
+    check_run_settings(config)
+    runs = [run_adapters(run) for run in config.runs]
+    base = RunFolder(config.runs[0]).read_recipe().base
+    names = (*config.also_called, *(name for run in runs for name in run.base_names))
+    dtype = config.dtype or base.dtype
+    return replace(config, base=base.model, revision=base.revision, dtype=dtype, also_called=names), runs
 
 
 class Front:
@@ -67,7 +98,7 @@ class Front:
         config, choosing = self._config, self._choosing
         base = config.base or BUNDLED
         facts = await self._replicas.facts.remote()
-        store = RemoteStore(self._replicas, reserved=(base, "base", "auto", *config.also_called))
+        store = RemoteStore(self._replicas, reserved=(base, *config.also_called))
         service = Service(
             config,
             RemoteEngine(self._replicas, facts),
@@ -79,20 +110,13 @@ class Front:
             chooser=None if choosing is None else RemoteChooser(choosing),
         )
         examples = {} if choosing is None else await choosing.examples.remote()
-        await service.with_changes(lambda: _load_all(store, config, examples))
+
+        def register(name: str, folder: Path) -> None:
+            store.load(name, str(folder.absolute()), prompts=examples.get(name, ()))
+
+        runs = [run_adapters(run) for run in config.runs]
+        await service.with_changes(lambda: register_all(config.adapters, runs, register))
         if choosing is not None:
             store.subscribe(lambda: choosing.know.remote(store.examples()))
             await choosing.know.remote(store.examples())
         return build_app(service)
-
-
-def _load_all(store: RemoteStore, config: ServeConfig, examples: dict[str, tuple[str, ...]]) -> None:
-    folders = {name: folder for run in config.runs for name, folder in run_adapters(run).folders.items()}
-    folders |= {
-        path.parent.name: path.parent for place in config.adapters for path in place.glob("*/adapter_config.json")
-    }
-    for name, folder in sorted(folders.items()):
-        try:
-            store.load(name, str(folder.absolute()), prompts=examples.get(name, ()))
-        except ServingError as error:
-            say(f"{folder} is not served: {error}")

@@ -12,12 +12,12 @@ from typing import Any
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from ...support.errors import did_you_mean
 from ..choice import Choice
 from ..engine import EngineStats
 from ..errors import ServingError
 from ..generations import AdapterInfo, Lease
-from ..request import Chunk, Failed, Finished, Request
+from ..names import check_expected, check_name, exists, not_found
+from ..request import Chunk, Failed, Finished, Request, mixed_weights
 from .replica import BaseFacts, Content, RemoteRoute
 
 log = logging.getLogger("loramux.serving")
@@ -88,10 +88,17 @@ class RemoteEngine:
 
     async def _relayed(self, request: Request) -> Finished | Failed:
         contents = getattr(request.route, "contents", ())
-        seconds = None if request.deadline is None else request.deadline - time.monotonic()
+        now = time.monotonic()
+        seconds = None if request.deadline is None else request.deadline - now
         handle = self._replicas.options(stream=True, multiplexed_model_id=contents[0][0].generation if contents else "")
         events = handle.answer.remote(
-            request.prompt, request.sampling, request.route.name, contents, seconds, request.streams
+            request.prompt,
+            request.sampling,
+            request.route.name,
+            contents,
+            now - request.arrived,
+            seconds,
+            request.streams,
         )
         watch = asyncio.get_running_loop().create_task(_cancel_with(request, events))
         end = None
@@ -147,6 +154,12 @@ class RemoteStore:
         with self._lock:
             return tuple(self._infos.values())
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._infos
+
+    def held(self) -> None:
+        """Adapters are in the memory of replicas."""
+
     def examples(self) -> dict[str, tuple[str, ...]]:
         """Of every adapter, the prompts that tell what it is for."""
         with self._lock:
@@ -168,21 +181,14 @@ class RemoteStore:
     ) -> AdapterInfo:
         if pin:
             raise _no_pins()
-        if name in self._reserved:
-            raise ServingError(
-                "adapter_name_reserved", f"{name!r} stands for something else here; choose another name", 409
-            )
+        check_name(name, self._reserved)
         found = call(self._replicas.examine.remote(str(source), revision).result)
         info = replace(found, name=name, state="disk", leases=0)
         with self._lock:
-            now = self._infos.get(name)
-            if expected_generation is not None and (now is None or now.generation != expected_generation):
-                known = None if now is None else now.generation
-                raise ServingError(
-                    "generation_mismatch", f"{name!r} stands for generation {known}; look, and decide again", 409
-                )
-            if expected_generation is None and now is not None and now.generation != info.generation:
-                raise ServingError("adapter_exists", f"{name!r} is served already; replace it", 409)
+            if expected_generation is not None:
+                check_expected(name, self._known(name).generation, expected_generation)
+            elif name in self._infos and self._infos[name].generation != info.generation:
+                raise exists(name)
             self._infos[name] = info
             self._prompts[name] = tuple(prompts) or self._prompts.get(name, ())
         self._tell()
@@ -210,20 +216,19 @@ class RemoteStore:
         raise _no_pins()
 
     def lease_now(self, name: str) -> Lease:
-        return self.mix({name: 1.0}, name)
+        with self._lock:
+            info = self._known(name)
+        route = RemoteRoute(name, str(info.generation), contents=((_content(info), 1.0),))
+        return Lease(route, (info,), _nothing_to_give_back)
 
     lease = lease_now
 
-    def mix(self, weights: Mapping[str, float], called: str | None = None) -> Lease:
+    def mix(self, weights: Mapping[str, float]) -> Lease:
         with self._lock:
-            infos = [self._known(name) for name in weights]
-        contents = tuple(
-            (Content(str(info.generation), info.source, info.revision), share)
-            for info, share in zip(infos, weights.values(), strict=True)
-        )
-        key = "+".join(f"{content.generation}*{share}" for content, share in contents)
-        route = RemoteRoute(called or "+".join(weights), key, contents=contents)
-        return Lease(route, tuple(infos), lambda: None)
+            infos = tuple(self._known(name) for name in weights)
+        contents = tuple((_content(info), float(weights[info.name])) for info in infos)
+        key = mixed_weights([(content.generation, share) for content, share in contents])
+        return Lease(RemoteRoute("+".join(weights), key, contents=contents), infos, _nothing_to_give_back)
 
     def _tell(self) -> None:
         for listener in self._listeners:
@@ -231,10 +236,16 @@ class RemoteStore:
 
     def _known(self, name: str) -> AdapterInfo:
         if name not in self._infos:
-            raise ServingError(
-                "adapter_not_found", f"no adapter {name!r} is served here{did_you_mean(name, self._infos)}", 404
-            )
+            raise not_found(name)
         return self._infos[name]
+
+
+def _nothing_to_give_back() -> None:
+    """Replicas lease what they answer with."""
+
+
+def _content(info: AdapterInfo) -> Content:
+    return Content(str(info.generation), info.source, info.revision)
 
 
 def _no_pins() -> ServingError:

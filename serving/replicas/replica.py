@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray import serve
@@ -13,10 +13,8 @@ from ray import serve
 from ...support.config import parse
 from ..config import ServeConfig
 from ..errors import ServingError
-from ..factors import PackedLora
-from ..generations import AdapterInfo
+from ..generations import AdapterInfo, Lease, mixed
 from ..launch import open_service
-from ..ports import Lease
 from ..request import BASE, Chunk, Event, Request, Route, Sampling
 from ..threads import compute_on_one_thread
 
@@ -73,11 +71,17 @@ class Replica:
     def __init__(self, settings: dict[str, Any]) -> None:
         config = parse(ServeConfig, settings, where="settings")
         self._service, self._engine = open_service(config, {}, threads=compute_on_one_thread())
+        self._most_rank = config.memory.rank
         self._contents: dict[str, Content] = {}
         self._engine.start()
 
     def facts(self) -> BaseFacts:
         return BaseFacts(self._engine.max_length, self._service.vocabulary)
+
+    def check_health(self) -> None:
+        """Raises RuntimeError once the engine has died; Ray asks, and starts another replica then."""
+        if not self._engine.is_alive:
+            raise RuntimeError("the engine has stopped")
 
     async def examine(self, source: str, revision: str | None) -> AdapterInfo:
         """Read an adapter to see what it is; it is not kept."""
@@ -95,23 +99,28 @@ class Replica:
         sampling: Sampling,
         name: str,
         contents: Sequence[tuple[Content, float]],
+        age_s: float,
         seconds: float | None,
         streams: bool,
     ) -> AsyncIterator[Event]:
         """The events of one answer.
 
+        Args:
+            age_s: seconds since the front was asked.
+            seconds: until the answer must be whole; None for never.
+
         Raises:
             ServingError: an adapter cannot be had, or the engine refuses.
         """
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, events, now = asyncio.get_running_loop(), asyncio.Queue[Event](), time.monotonic()
 
         def take(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         with ExitStack() as leases:
             route = await self._route(name, contents, leases)
-            deadline = None if seconds is None else time.monotonic() + seconds
-            request = Request(prompt, sampling, route, take, streams=streams, deadline=deadline)
+            deadline = None if seconds is None else now + seconds
+            request = Request(prompt, sampling, route, take, streams=streams, deadline=deadline, arrived=now - age_s)
             self._engine.submit(request)
             try:
                 while True:
@@ -136,15 +145,8 @@ class Replica:
         return Resident(self._service.store, generation)
 
     async def _route(self, name: str, contents: Sequence[tuple[Content, float]], leases: ExitStack) -> Route:
-        parts: list[tuple[PackedLora, float]] = []
-        for content, share in contents:
-            lease = await self._leased(content)
-            leases.callback(lease.release)
-            parts += [(lora, share * own) for lora, own in lease.route.parts]
-        if not parts:
-            return BASE
-        weights = "+".join(f"{content.generation}*{share}" for content, share in contents)
-        return Route(name, weights, tuple(parts))
+        parts = [(leases.enter_context(await self._leased(content)), share) for content, share in contents]
+        return replace(mixed(parts, self._most_rank).route, name=name) if parts else BASE
 
     async def _leased(self, content: Content) -> Lease:
         while True:
