@@ -137,25 +137,19 @@ class Lease:
         self.release()
 
 
-def mixed(parts: Sequence[tuple[Lease, float]], most_rank: int) -> Lease:
-    """The weighted sum of adapters that are leased; given back, it gives them all back.
+def mixed(parts: Sequence[tuple[Route, float]], most_rank: int) -> Route:
+    """What answers with a weighted sum of adapters.
 
     Raises:
         ServingError: `rank_limit_exceeded`.
     """
-    rank = sum(lease.route.rank for lease, _ in parts)
+    rank = sum(route.rank for route, _ in parts)
     if rank > most_rank:
         raise ServingError(
             "rank_limit_exceeded", f"the mix has rank {rank}, the sum of its adapters; at most {most_rank}"
         )
-    route = Route(
-        name="+".join(lease.route.name for lease, _ in parts),
-        weights=mixed_weights([(lease.route.weights, share) for lease, share in parts]),
-        parts=tuple((lease.route.parts[0][0], share) for lease, share in parts),
+    return Route(
+        name="+".join(route.name for route, _ in parts),
+        weights=mixed_weights((route.weights, share) for route, share in parts),
+        parts=tuple((route.parts[0][0], share) for route, share in parts),
     )
-
-    def give_back() -> None:
-        for lease, _ in parts:
-            lease.release()
-
-    return Lease(route, tuple(lease.info for lease, _ in parts), give_back)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -267,15 +267,11 @@ class AdapterStore:
             raise ServingError(
                 "mix_invalid", f"a mix has 1 to {_MOST_PARTS} adapters with finite weights, got {len(weights)}"
             )
-        parts: list[tuple[Lease, float]] = []
-        try:
-            for name, share in weights.items():
-                parts.append((self._leased_until(name, 0.0), float(share)))  # who holds some waits for none
-            return mixed(parts, self.limits.rank)
-        except BaseException:
-            for lease, _ in parts:
-                lease.release()
-            raise
+        with ExitStack() as held:  # who holds some waits for none
+            leases = [held.enter_context(self._leased_until(name, 0.0)) for name in weights]
+            routes = [lease.route for lease in leases]
+            route = mixed(list(zip(routes, map(float, weights.values()), strict=True)), self.limits.rank)
+            return Lease(route, tuple(lease.info for lease in leases), held.pop_all().close)
 
     # ------------------------------------------------------------------ inside: names
 

@@ -373,6 +373,8 @@ def test_who_cannot_come_in_is_told_before_anything_is_read(live):
         assert error_of(live.complete(model="base", prompt="a " * 300))[:2] == (503, "shutting_down")
         chat = live.call("POST", "/v1/chat/completions", json={**CHAT, "max_tokens": 101})
         assert error_of(chat)[:2] == (503, "shutting_down")
+        embedding = live.call("POST", "/v1/embeddings", json={"model": "base", "input": "a " * 300})
+        assert error_of(embedding)[:2] == (503, "shutting_down")
     finally:
         live.service.admission.is_draining = False
     assert error_of(live.complete(model="base", prompt="a " * 300))[1] == "context_length_exceeded"

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from starlette.responses import JSONResponse, Response
+from torch import Tensor
 
 from ..errors import ServingError
 from .errors import shown
@@ -23,17 +24,11 @@ async def embeddings(body: EmbeddingBody, service: Annotated[Service, Depends(se
         raise ServingError(
             "model_not_found", f"model {shown(body.model)}: embeddings are of the base, {service.base!r}", 404
         )
-    prompts = await prompt_ids(service, body.input)
-    limit = service.config.limits.deadline_s
     service.admission.take(1)
-    made = asyncio.wrap_future(service.engine.embed(prompts))
     try:
-        done, _ = await asyncio.wait({made}, timeout=limit)
-        if not done:
-            raise ServingError("deadline_exceeded", f"the embeddings were not made within {limit:g} s", 504)
-        vectors = made.result()
+        prompts = await prompt_ids(service, body.input)
+        vectors = await _embedded(service, prompts)
     finally:
-        made.cancel()
         service.admission.leave()
     data = [
         {"object": "embedding", "index": index, "embedding": _written(vector.float(), body.encoding_format)}
@@ -42,6 +37,18 @@ async def embeddings(body: EmbeddingBody, service: Annotated[Service, Depends(se
     tokens = sum(map(len, prompts))
     used = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JSONResponse({"object": "list", "data": data, "model": service.base, "usage": used})
+
+
+async def _embedded(service: Service, prompts: list[list[int]]) -> Tensor:
+    limit = service.config.limits.deadline_s
+    made = asyncio.wrap_future(service.engine.embed(prompts))
+    try:
+        done, _ = await asyncio.wait({made}, timeout=limit)
+        if not done:
+            raise ServingError("deadline_exceeded", f"the embeddings were not made within {limit:g} s", 504)
+        return made.result()
+    finally:
+        made.cancel()
 
 
 def _written(vector: Any, encoding: str) -> Any:

@@ -3,7 +3,7 @@
 const MOST_ROWS = 200;
 const EVERY_MS = 2000;
 const element = (id) => document.getElementById(id);
-const state = { models: [], status: null, picked: new Set(), asking: null };
+const state = { models: [], adapters: [], status: null, picked: new Set(), asking: null };
 
 function headers() {
   const key = element("key").value;
@@ -30,7 +30,8 @@ async function refresh() {
     ]);
     showStatus(status);
     showModels(models.data);
-    showAdapters(adapters.data, status.traffic);
+    state.adapters = adapters.data;
+    showAdapters();
     tell("");
   } catch (error) {
     tell(error.message === "Failed to fetch" ? "The server does not answer." : error.message);
@@ -66,10 +67,11 @@ function showModels(models) {
   }));
 }
 
-function showAdapters(adapters, traffic) {
+function showAdapters() {
+  const traffic = state.status.traffic;
   const wanted = element("filter").value.toLowerCase();
   const base = { name: "base", generation: null, rank: 0, state: "", leases: "", pinned: false };
-  const found = [base, ...adapters].filter((adapter) => adapter.name.toLowerCase().includes(wanted));
+  const found = [base, ...state.adapters].filter((adapter) => adapter.name.toLowerCase().includes(wanted));
   const choices = Object.values(traffic).reduce((sum, row) => sum + (row.choices || 0), 0);
   element("adapters").replaceChildren(...found.slice(0, MOST_ROWS).map((adapter) => {
     const row = traffic[adapter.name] || {};
@@ -173,6 +175,6 @@ function take(line, text, told) {
 element("ask").addEventListener("submit", ask);
 element("stop").addEventListener("click", () => state.asking.abort());
 element("key").addEventListener("change", refresh);
-element("filter").addEventListener("input", refresh);
+element("filter").addEventListener("input", () => state.status && showAdapters());
 refresh();
 setInterval(() => document.hidden || refresh(), EVERY_MS);

@@ -13,8 +13,9 @@ from ray import serve
 from ...support.config import parse
 from ..config import ServeConfig
 from ..errors import ServingError
-from ..generations import AdapterInfo, Lease, mixed
+from ..generations import AdapterInfo, mixed
 from ..launch import open_service
+from ..ports import Lease
 from ..request import BASE, Chunk, Event, Request, Route, Sampling
 from ..threads import compute_on_one_thread
 
@@ -145,8 +146,12 @@ class Replica:
         return Resident(self._service.store, generation)
 
     async def _route(self, name: str, contents: Sequence[tuple[Content, float]], leases: ExitStack) -> Route:
-        parts = [(leases.enter_context(await self._leased(content)), share) for content, share in contents]
-        return replace(mixed(parts, self._most_rank).route, name=name) if parts else BASE
+        parts: list[tuple[Route, float]] = []
+        for content, share in contents:
+            lease = await self._leased(content)
+            leases.callback(lease.release)
+            parts.append((lease.route, share))
+        return replace(mixed(parts, self._most_rank), name=name) if parts else BASE
 
     async def _leased(self, content: Content) -> Lease:
         while True:
