@@ -69,8 +69,20 @@ def test_streams_and_lists_and_refusals_are_those_of_one_server(url, loras):
     assert {*NAMES, "loramux/tiny"} <= models
     assert complete(url, "grene").status_code == 404
     assert complete(url, "base", prompt="word " * 400).json()["error"]["code"] == "context_length_exceeded"
+    refused = complete(url, "base", max_tokens=4000)  # by the replica, which alone knows what it has room for
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    listed = {one["name"]: one["generation"] for one in httpx.get(f"{url}/v1/lora_adapters").json()["data"]}
+    assert complete(url, "red").headers["x-loramux-generation"] == listed["red"]
     mixed = complete(url, "base", adapters={"red": 1.0, "green": 0.0})
     assert mixed.json()["choices"][0]["text"] == stock_text(loras / "red")
+
+
+def test_clients_that_leave_give_their_places_back(url):
+    body = {"model": "red", "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "stream": True}
+    for _ in range(4):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+            next(stream.iter_text())
+    wait_for(lambda: httpx.get(f"{url}/v1/status").json()["in_flight"] == 0)
 
 
 def test_an_adapter_is_replaced_on_all_replicas_at_once(url, loras):
