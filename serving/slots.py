@@ -66,7 +66,8 @@ def _features(linear: nn.Module) -> tuple[int, int]:
 class RowAdapters:
     """What the adapters of a batch's rows add, ready to be multiplied.
 
-    Rows are kept in the order of the batch; `add` and `remove` keep step with its cache.
+    Rows are kept in the order of the batch; `add` and `remove` keep step with its cache. Factors are gathered when they
+    are next used, so that rows that come together are gathered together.
 
     Args:
         dtype: that the products are made in; the linears may have another one.
@@ -79,27 +80,20 @@ class RowAdapters:
         self._layout, self._dtype, self._device = layout, dtype, device
         self._routes: list[Route] = []
         self.rank = 0
-        self._vectors: Tensor | None = None
+        self._vectors = torch.empty(0, 0)
+        self._gathered: list[str] = []  # whose factors each vector holds
         self._operands: list[_Operands | None] | None = None
 
     def add(self, route: Route) -> None:
-        row = len(self._routes)
         self._routes.append(route)
         self._operands = None
-        if route.rank > self.rank or (self._vectors is not None and row >= len(self._vectors)):
-            self._make_room(max(self.rank, route.rank), 2 * row + 1)
-        elif self._vectors is not None:
-            self._write(row)
 
     def remove(self, row: int) -> None:
         """Drop a row; the last one takes its place."""
         last = self._routes.pop()
+        if row < len(self._routes):
+            self._routes[row] = last
         self._operands = None
-        if row == len(self._routes):
-            return
-        self._routes[row] = last
-        if self._vectors is not None:
-            self._vectors[row] = self._vectors[len(self._routes)]
 
     def operands(self) -> list["_Operands | None"]:
         """By group of linears: the factors of all rows, or None where no row has any."""
@@ -107,30 +101,32 @@ class RowAdapters:
             self._operands = self._prepare()
         return self._operands
 
-    def _make_room(self, rank: int, rows: int) -> None:
-        self.rank = rank
-        self._vectors = torch.empty(rows, rank * self._layout.width, dtype=self._dtype, device=self._device)
-        for row in range(len(self._routes)):
-            self._write(row)
-
-    def _write(self, row: int) -> None:
-        assert self._vectors is not None
-        combine(self._layout, self._routes[row].parts, self.rank, self._vectors[row])
-
     def _prepare(self) -> list["_Operands | None"]:
         touched = {group for route in self._routes for lora, _ in route.parts for group in lora.groups}
-        if self._vectors is None or not touched:
+        if not touched:
             return [None] * len(self._layout.groups)
-        needed = max(route.rank for route in self._routes)
-        if 2 * needed <= self.rank:  # a wide adapter has left; all others would go on paying for it
-            self._make_room(needed, len(self._routes))
         one_for_all = len({route.weights for route in self._routes}) == 1
-        vectors = self._vectors[:1] if one_for_all else self._vectors[: len(self._routes)]
+        vectors = self._gather(self._routes[:1] if one_for_all else self._routes)
         views = enumerate(self._layout.views(vectors, self.rank))
         return [
             _Operands(downs.flatten(1, 2).transpose(1, 2), ups, self.rank) if number in touched else None
             for number, (_, downs, ups) in views
         ]
+
+    def _gather(self, routes: Sequence[Route]) -> Tensor:
+        """The vectors of these routes, `(routes, rank * width)`."""
+        rank, room = max(route.rank for route in routes), len(self._vectors)
+        is_too_wide = 2 * rank <= self.rank  # a wide adapter has left; all others would go on paying for it
+        if rank > self.rank or is_too_wide or len(routes) > room:
+            room = room if len(routes) <= room else max(len(routes), 2 * room)
+            self.rank = rank
+            self._vectors = torch.empty(room, rank * self._layout.width, dtype=self._dtype, device=self._device)
+            self._gathered = [""] * room
+        for row, route in enumerate(routes):
+            if self._gathered[row] != route.weights:
+                combine(self._layout, route.parts, self.rank, self._vectors[row])
+                self._gathered[row] = route.weights
+        return self._vectors[: len(routes)]
 
 
 class _Operands:

@@ -101,6 +101,7 @@ def test_a_wide_adapter_that_left_costs_the_others_nothing():
     rows = RowAdapters(LAYOUT, torch.float32, torch.device("cpu"))
     for name, rank in (("a", 2), ("wide", 64), ("b", 2)):
         rows.add(route(name, rank))
+    rows.operands()
     assert rows.rank == 64
     rows.remove(1)
     rows.operands()
