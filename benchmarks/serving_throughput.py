@@ -232,7 +232,7 @@ def zipf(dtype: torch.dtype, adapters: int, held_bytes: int, requests: int) -> d
     engine.stop()
     return {
         "seconds to register": registered,
-        "adapter bytes held, of the limit": store.nbytes / held_bytes,
+        "adapter bytes held, of the limit": store.held().nbytes / held_bytes,
         "one adapter": statistics.median(one),
         f"{adapters} adapters": statistics.median(many),
     }

@@ -108,7 +108,7 @@ def test_what_takes_longer_than_the_drain_is_told(loras):
     ("arguments", "message"),
     [
         (["serve", "--set", "limit.queue=3"], "settings: limit: unknown key; did you mean 'limits'?"),
-        (["serve", "--host", "0.0.0.0"], "is open to other machines: give api_keys_file"),
+        (["serve", "--host", "0.0.0.0"], "other machines can reach this server: give api_keys_file"),
         (["serve", "--adapters", "/no/such"], "adapters: /no/such is not a folder"),
         (["serve", "/no/such/run"], "/no/such/run: not a run folder"),
         (["serve", "--config", "/no/such.yaml"], "/no/such.yaml: no such file"),

@@ -126,7 +126,7 @@ def test_factors_are_kept_in_the_precision_of_the_server_with_scales_folded_in_b
     half.load("wide", "wide")
     exact.load("wide", "wide")
     assert torch.equal(vector(half, "wide"), vector(exact, "wide").bfloat16())
-    assert half.nbytes * 2 == exact.nbytes
+    assert half.held().nbytes * 2 == exact.held().nbytes
 
 
 def test_the_list_says_what_there_is(root: Path, store: AdapterStore) -> None:

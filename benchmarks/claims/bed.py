@@ -6,25 +6,29 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 warnings.filterwarnings("ignore")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from loramux.adapters import LoramuxModel, adapter_parameters
 from loramux.support.files import write_json, write_text
 from loramux.tasks import read_task_configs
+from loramux.tasks.generated import FAMILY_OF
 from loramux.training.evaluate import Routing, Scores, evaluate_tasks
 from loramux.training.recipe import (
     BaselineConfig,
     EvaluateConfig,
     ExportConfig,
     MethodChoice,
+    MixtureConfig,
     Recipe,
     TrainConfig,
 )
 from loramux.training.report import markdown_table
-from loramux.training.run import TrainedRun, encode_all, train_run
+from loramux.training.run import TrainedRun, encode_all, load_run, train_run
 
 SHIPPED = tuple(task.name for task in read_task_configs("default"))
 RATES = (1e-3, 3e-3)
@@ -40,23 +44,23 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     return result
 
 
-def tasks(*names: str, cue: bool = False) -> list[dict[str, Any]]:
+def tasks(*names: str, cue: bool = False, train: int | None = None) -> list[dict[str, Any]]:
     """Generated tasks as a recipe takes them.
 
     Args:
         cue: whether the prompt names the task.
+        train: at most so many training examples of each.
     """
-    return [
-        {
-            "name": name,
-            "source": {"generated": name},
-            "prompt": f"{name}: {{input}}\n" if cue else "{input}\n",
-            "target": "{target}",
-            "metrics": ["accuracy" if name == "kind" else "exact_match"],
-            "max_new_tokens": 16,
-        }
-        for name in names
-    ]
+    return [_task(name, f"{name}: {{input}}\n" if cue else "{input}\n", train) for name in names]
+
+
+def _task(name: str, prompt: str, train: int | None) -> dict[str, Any]:
+    if name not in FAMILY_OF:
+        raise ValueError(f"{name!r} is no generated task: {', '.join(FAMILY_OF)}")
+    metric = "accuracy" if name == "kind" else "exact_match"
+    source = {"generated": name}
+    task = {"name": name, "source": source, "prompt": prompt, "target": "{target}", "metrics": [metric]}
+    return task | {"max_new_tokens": 16, "limit": {"train": train}}
 
 
 def recipe(
@@ -67,11 +71,14 @@ def recipe(
     rate: float,
     seed: int,
     steps: int = 300,
+    weights: Mapping[str, float] | None = None,
     **train: Any,
 ) -> Recipe:
     """A run on the bundled base, with nothing beside it."""
+    mixture = MixtureConfig() if weights is None else MixtureConfig(strategy="weights", weights=dict(weights))
     return Recipe(
         tasks=learnt,
+        mixture=mixture,
         method=MethodChoice(name=method, options=dict(options)),
         train=TrainConfig(steps=steps, learning_rate=rate, seed=seed, **train),
         baseline=BaselineConfig(enabled=False),
@@ -117,8 +124,9 @@ def tuned(run: Run, folder: Path, rates: Sequence[float] = RATES, seed: int = 0)
 
     def validated(rate: float) -> float:
         path = folder / f"lr-{rate:g}-seed-{seed}"
-        kept_at = path / "validation.json"
-        return float(kept(kept_at, lambda: mean_metric(scores(trained(run(rate, seed), path), "validation"))))
+        return float(
+            kept(path / "validation.json", lambda: mean_metric(scores(trained(run(rate, seed), path), "validation")))
+        )
 
     return max(rates, key=validated) if len(rates) > 1 else rates[0]
 
@@ -129,6 +137,75 @@ def measured(
     """A measurement of the run at a rate with a seed, kept beside it."""
     path = folder / f"lr-{rate:g}-seed-{seed}"
     return kept(path / "measured.json", lambda: measure(trained(run(rate, seed), path)))
+
+
+def opened(folder: Path, rate: float, seed: int) -> TrainedRun:
+    return load_run(folder / f"lr-{rate:g}-seed-{seed}")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of a contest.
+
+    Attributes:
+        method: with its `options`.
+        learnt: its tasks, where they are not those of the contest.
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    learnt: list[dict[str, Any]] | None = None
+
+    def run(self, learnt: list[dict[str, Any]], steps: int) -> Run:
+        return lambda rate, seed: recipe(
+            self.method, self.options, self.learnt or learnt, rate=rate, seed=seed, steps=steps
+        )
+
+
+def contest(
+    args: argparse.Namespace,
+    title: str,
+    learnt: list[dict[str, Any]],
+    contenders: Mapping[str, Contender],
+    *,
+    steps: int = 200,
+    rates: Sequence[float] = RATES,
+    judged: Sequence[str] | None = None,
+    extra: Mapping[str, Callable[[TrainedRun], float]] | None = None,
+) -> None:
+    """Train contenders on the same tasks, each at its best rate, and show their scores.
+
+    Args:
+        judged: the tasks whose mean is shown; None: all.
+        extra: further columns.
+    """
+    rows, data = [], {}
+    names = list(judged or [task["name"] for task in learnt])
+
+    def measure(run: TrainedRun) -> dict[str, Any]:
+        hub = cast(LoramuxModel, run.model.base_model)
+        figures = {name: figure(run) for name, figure in (extra or {}).items()}
+        return {"parameters": adapter_parameters(hub), "scores": scores(run), "extra": figures}
+
+    for label, contender in contenders.items():
+        folder, run = args.to / label.replace(" ", "-").replace("/", "-"), contender.run(learnt, steps)
+        rate = tuned(run, folder, rates)
+        found = [measured(run, folder, rate, seed, measure) for seed in args.seeds]
+        metrics = [main_metrics(one["scores"]) for one in found]
+        means = [mean(one[name] for name in names) for one in metrics]
+        losses = [mean(one["scores"][name]["loss"] for name in names) for one in found]
+        by_task = [over_seeds([one[name] for one in metrics]) for name in names]
+        figures = [over_seeds([one["extra"][name] for one in found]) for name in extra or {}]
+        parameters = f"{found[0]['parameters']:,}"
+        rows.append([label, parameters, f"{rate:g}", over_seeds(means), over_seeds(losses, 3), *by_task, *figures])
+        data[label] = {"rate": rate, "runs": found}
+    show(
+        args.to / f"{args.to.name}.json",
+        title,
+        ["", "parameters", "rate", "mean", "loss", *names, *(extra or {})],
+        rows,
+        data,
+    )
 
 
 def over_seeds(values: Sequence[float], digits: int = 1) -> str:
