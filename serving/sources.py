@@ -147,7 +147,8 @@ class Sources:
         try:
             commit = hub.commit(repository, revision)
             self._check_files(repository, commit.files)
-            config, _ = (hub.fetch(repository, commit, file) for file in _FILES)
+            config = hub.fetch_text(repository, commit, CONFIG)
+            hub.fetch(repository, commit, WEIGHTS)
         except RemoteError as error:
             raise ServingError("adapter_not_fetched", str(error), 502) from None
         folder = config.parent
