@@ -31,7 +31,7 @@ class RunningHub:
     def web(self, token: str | None = None) -> httpx.Client:
         """A client for requests made by hand."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, verify=False)
 
     def stop(self) -> None:
         self._server.should_exit = True

@@ -22,6 +22,13 @@ def live(loras: Path) -> Iterator[Live]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def empty(loras: Path) -> Iterator[Live]:
+    """A server for tests that change nothing."""
+    with live_server(roots=[str(loras)]) as running:
+        yield running
+
+
 def load(live: Live, name: str, source: Path | str, **more) -> tuple[int, dict]:
     reply = live.call("POST", "/v1/lora_adapters", json={"name": name, "source": str(source), **more})
     return reply.status_code, reply.json()
@@ -88,14 +95,14 @@ def test_adapters_are_listed_pinned_and_deleted(live, loras):
         ("ok", "somebody/something", 403, "hub_disabled"),
     ],
 )
-def test_hostile_names_and_places_are_refused(live, loras, name, source, status, code):
+def test_hostile_names_and_places_are_refused(empty, loras, name, source, status, code):
     places = {"{allowed}": str(loras), "{elsewhere}": str(loras.parent / "elsewhere")}
     for mark, place in places.items():
         source = source.replace(mark, place)
-    answered, body = load(live, name, source)
+    answered, body = load(empty, name, source)
     assert (answered, body["error"]["code"]) == (status, code)
     assert len(body["error"]["message"]) < 600
-    assert live.call("GET", "/v1/lora_adapters").json()["data"] == []
+    assert empty.call("GET", "/v1/lora_adapters").json()["data"] == []
 
 
 def test_an_adapter_whose_files_are_gone_harms_nobody(loras, tmp_path):
