@@ -18,7 +18,7 @@ from loramux.adapters import even_blend
 from loramux.adapters.held import Held
 from loramux.cli.main import build_parser
 from loramux.support.config import parse
-from loramux.support.errors import AdapterError, ConfigError, DataError, RunError
+from loramux.support.errors import AdapterError, ConfigError, DataError
 from loramux.training.adapt import adapt_run
 from loramux.training.adapt_models import hub_in, plain_lora, with_shots
 from loramux.training.adapt_report import Adaptation, Outcome
@@ -316,7 +316,7 @@ def test_a_task_that_cannot_join_is_refused(adapted, runs, place, tmp_path):
         adapt_run(runs("mhr"), place / "tasks" / "sound", tmp_path / "to", AdaptConfig())
     with pytest.raises(DataError, match="--shots 25: task 'home' has 24 training examples"):
         adapt_run(runs("mhr"), place / "tasks" / NEW, tmp_path / "to", AdaptConfig(shots=25))
-    with pytest.raises(RunError, match="not empty; name another folder"):
+    with pytest.raises(ConfigError, match="exists and is not empty; name a new folder"):
         adapt_run(runs("mhr"), place / "tasks" / NEW, adapted("mhr")[0], AdaptConfig())
     assert not (tmp_path / "to").exists()
 

@@ -7,8 +7,9 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from ..adapters import BaseIdentity, ExportReport, adapted_linears, matched_lora_rank
+from ..bases.load import refuse_used_folder
 from ..support.console import say
-from ..support.errors import AdapterError, ConfigError, RunError
+from ..support.errors import AdapterError, ConfigError
 from ..tasks import Task, TaskSource, load_tasks
 from .adapt_models import Learner, hub_in, join_hub, options_with, plain_lora, with_examples, with_shots
 from .adapt_report import MARKDOWN, Adaptation, Outcome, show_adaptation, write_adaptation
@@ -35,13 +36,13 @@ def adapt_run(run_folder: Path, task: TaskSource, folder: Path, settings: AdaptC
             `exports/<task>`.
 
     Raises:
-        ConfigError: not one task, or one the run has; an option that is missing or wrong; a way the hub cannot do.
+        ConfigError: not one task, or one the run has; an option that is missing or wrong; a way the hub cannot do;
+            `folder` is not empty.
         DataError: the task has fewer training examples than `shots`.
-        RunError: `run_folder` is no finished run, or `folder` is not empty.
+        RunError: `run_folder` is no finished run.
         AdapterError: a task that must not move has moved; the figures are written all the same.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder}: not empty; name another folder")
+    refuse_used_folder(folder)
     tasks = load_tasks(task)
     if len(tasks) != 1:
         raise ConfigError(f"--task: one task joins at a time, and here are {', '.join(one.name for one in tasks)}")
