@@ -11,7 +11,7 @@ from full_disk import files_limited_to
 from safetensors.torch import load_file
 from training_cases import make_recipe, write_base, write_tasks
 
-from loramux.support.errors import RunError
+from loramux.support.errors import LoramuxError, RunError
 from loramux.training.run import load_run, train_run
 from loramux.training.run_folder import RunFolder
 
@@ -51,6 +51,19 @@ def test_a_used_folder_is_refused_without_resume(places, finished: Path, tmp_pat
     with pytest.raises(RunError, match=r"not empty and not a run folder \(no recipe.yaml\)"):
         train_run(make_recipe(*places), tmp_path, evaluate=None)
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("{name: lora, options: {rank: 999}}", "experts of rank 999 are more than"),
+        ("{name: alter, options: {rank: 2, gate_share: 0.01}}", "leaves no step for stage"),
+    ],
+)
+def test_a_recipe_that_is_refused_leaves_no_folder_behind(places, tmp_path: Path, method: str, reason: str) -> None:
+    with pytest.raises(LoramuxError, match=reason):
+        train_run(make_recipe(*places, f"method={method}"), tmp_path / "run", evaluate=None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_recipe_cannot_resume_a_run(places, copy: Path) -> None:

@@ -69,30 +69,47 @@ def train_run(
     """
     run = RunFolder(folder)
     accelerator = make_accelerator(recipe.train, run.path)
-    if on_main(accelerator, lambda: run.open(recipe, resume=resume)) == "finished":
+    state = on_main(accelerator, lambda: run.open(recipe, resume=resume))
+    if state == "finished":
         say(f"{run.path}: this run is finished")
         return load_run(run.path)
-    base, tokenizer = open_base(recipe)
-    fingerprint = base_fingerprint(base)
-    tasks = load_tasks(recipe.tasks)
+    try:
+        tasks = load_tasks(recipe.tasks)
+        trainer = _trainer(recipe, tasks, run, accelerator, evaluate)
+    except LoramuxError:
+        if state == "new" and accelerator.is_main_process:
+            run.forget()
+        raise
+    _start_trackers(accelerator, recipe)
+    trainer.train()
+    weights = adapter_weights(trainer.model)
+    on_main(accelerator, lambda: run.write_mixture(trainer.model, weights))
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    return load_run(run.path, tasks=tasks)
+
+
+def _trainer(
+    recipe: Recipe,
+    tasks: list[Task],
+    run: RunFolder,
+    accelerator: Accelerator,
+    evaluate: Evaluate | Literal["validation"] | None,
+) -> Trainer:
+    """What trains a recipe; whatever may be wrong with it shows here, before the first step."""
     if not tasks:
         raise ConfigError("tasks: there are none to train on; name a task file (tasks: FILE)")
-    model = build_model(base, recipe, [task.name for task in tasks])
+    base, tokenizer = open_base(recipe)
+    fingerprint = base_fingerprint(base)
+    model: Any = build_model(base, recipe, [task.name for task in tasks])
     batches = build_batches(recipe, tasks, tokenizer, base, accelerator)
     on_main(accelerator, lambda: run.note_environment(fingerprint, recipe, batches))
     how = "length-bucketed batches" if recipe.mixture.bucket_by_length else "mixture.bucket_by_length would lower it"
     say(f"padding: {batches.padding_waste:.0%} of positions ({how})")
     if evaluate == "validation":
         evaluate = validation(tokenizer, batches.tasks, recipe.evaluate)
-    _start_trackers(accelerator, recipe)
-    hub: Any = model.base_model
-    stages = without_experts(hub.stages) if recipe.train.only_tasks == () else None
-    Trainer(model, batches, recipe.train, accelerator, run, evaluate, stages).train()
-    weights = adapter_weights(model)
-    on_main(accelerator, lambda: run.write_mixture(model, weights))
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    return load_run(run.path, tasks=tasks)
+    stages = without_experts(model.base_model.stages) if recipe.train.only_tasks == () else None
+    return Trainer(model, batches, recipe.train, accelerator, run, evaluate, stages)
 
 
 def load_run(folder: str | Path, *, tasks: list[Task] | None = None, trainable: bool = False) -> TrainedRun:

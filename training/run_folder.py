@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +76,13 @@ class RunFolder:
             with writing(self.recipe_file):
                 self._write_recipe(recipe)
         return "finished" if self.is_finished else "resumed"
+
+    def forget(self) -> None:
+        """Leave the folder as it was found: the recipe of this new run was refused."""
+        for file in (self.recipe_file, self.environment_file):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # others may keep something there
+            self.path.rmdir()
 
     def read_recipe(self) -> Recipe:
         """The recipe this folder was made with.
