@@ -17,8 +17,11 @@ from hub_uploads import commit_lines, large, lfs_link, send_lfs, sha256, small
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 
-from loramux.hub.server import Policy
+from loramux.hub.server import Policy, Storage
+from loramux.hub.server.accounts import ANYBODY
 from loramux.hub.server.clean import clean
+from loramux.hub.server.history import Commit, History
+from loramux.hub.server.names import repo_id
 from loramux.hub.server.tree import Entry, RecentTrees, Tree
 
 HUGE_CURSOR = base64.urlsafe_b64encode(f'[{10**40}, "a/b"]'.encode()).decode()
@@ -405,6 +408,28 @@ def test_squashes_between_commits_lose_none_of_them(local_hub: RunningHub, repo:
     clean(local_hub.storage, timedelta(seconds=-1))
     kept = Path(client.snapshot_download(repo, cache_dir=tmp_path))
     assert {path.name: path.read_text() for path in kept.iterdir()} == {f"{n}.txt": str(n) for n in range(24) if n % 4}
+
+
+def test_who_reads_a_branch_while_it_is_squashed_sees_it_whole(tmp_path: Path, monkeypatch) -> None:
+    storage = Storage(tmp_path)
+    storage.repos.create(repo_id("models", "someone/busy"), private=False, author="someone")
+    key = storage.repos.find(repo_id("models", "someone/busy"), ANYBODY).key
+    history, commit = storage.history, History.commit
+
+    def squash() -> None:
+        history.squash(key, "main", "all in one", "someone")
+        clean(storage, timedelta(seconds=-1))
+
+    def squashed_just_before(self: History, key: int, commit_id: str) -> Commit:
+        monkeypatch.undo()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(squash).result()
+        return commit(self, key, commit_id)
+
+    monkeypatch.setattr(History, "commit", squashed_just_before)
+    found, tree = history.at(key, "main")
+    assert (found.title, dict(tree)) == ("initial commit", {})
+    storage.close()
 
 
 def test_a_file_that_a_private_repo_has_is_not_given_away_by_its_hash(tmp_path: Path) -> None:

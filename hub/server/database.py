@@ -100,7 +100,7 @@ _BUSY_S = 30.0
 class Database:
     """One SQLite file in WAL mode.
 
-    `read` and `write` lend connections; a `write` inside a `write` of the same thread joins it. Other processes, such
+    `read` and `write` lend connections; inside another of the same thread, each joins it. Other processes, such
     as `loramux hub token`, may write too: SQLite itself lets them wait for each other.
 
     Raises:
@@ -111,6 +111,7 @@ class Database:
         self._file = file
         self._idle: deque[sqlite3.Connection] = deque()
         self._lock = threading.RLock()
+        self._reading = threading.local()  # the connection of the outermost `read` of each thread
         self._writer = self._connect()
         self._refuse_unknown_versions()
         self._writer.execute("PRAGMA journal_mode = WAL")
@@ -133,17 +134,25 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """A connection that sees the last committed state, or the open `write` of this thread."""
+        """A connection that sees one committed state to the end of the block, or the open `write` of this thread."""
         if self._is_writing_here():
             yield self._writer
+            return
+        outer: sqlite3.Connection | None = getattr(self._reading, "connection", None)
+        if outer is not None:
+            yield outer
             return
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = self._connect()
+        connection.execute("BEGIN")
+        self._reading.connection = connection
         try:
             yield connection
         finally:
+            self._reading.connection = None
+            connection.execute("ROLLBACK")  # nothing was written
             self._idle.append(connection)
 
     def _is_writing_here(self) -> bool:

@@ -152,8 +152,9 @@ class History:
 
     def at(self, key: int, revision: str) -> tuple[Commit, Tree]:
         """The commit that a revision stands for, and its files."""
-        commit = self.commit(key, self.resolve(key, revision))
-        return commit, self._trees.read(commit.tree)
+        with self._database.read():  # one state: a squash must not come between
+            commit = self.commit(key, self.resolve(key, revision))
+            return commit, self._trees.read(commit.tree)
 
     def log(self, key: int, commit_id: str, *, skip: int, limit: int) -> list[Commit]:
         """Commits from `commit_id` back, the newest first."""
