@@ -220,15 +220,20 @@ class Threshold(Normaliser):
 
 @config
 class RandomOne(Normaliser):
-    """One gate at random, the same for the whole batch, in training; all of them in evaluation (MoSA)."""
+    """One gate at random, the same for the whole batch, in training; all of them in evaluation (MoSA).
+
+    The one stands for all: its weight is their number, as with dropout, or together they would say in evaluation as
+    many times too much as there are gates.
+    """
 
     def __call__(self, scores: Tensor, selection_bias: Tensor | None = None, training: bool = False) -> Decision:
+        gates = scores.shape[-1]
         if not training:
             weights = torch.ones_like(scores)
-            return Decision(weights, scores, weights / scores.shape[-1])
-        chosen = torch.randint(scores.shape[-1], (1,), device=scores.device)
-        weights = torch.zeros_like(scores).index_fill(-1, chosen, 1.0)
-        return Decision(weights, scores, weights, active=1)
+            return Decision(weights, scores, weights / gates)
+        chosen = torch.randint(gates, (1,), device=scores.device)
+        probabilities = torch.zeros_like(scores).index_fill(-1, chosen, 1.0)
+        return Decision(gates * probabilities, scores, probabilities, active=1)
 
     def even_weight(self, gates: int) -> float:
         return 1.0

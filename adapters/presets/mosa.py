@@ -20,8 +20,9 @@ def mosa(
 ) -> MethodConfig:
     """One LoRA in `modules` blocks of ranks, one of which, at random, acts in each training step; all act in the end.
 
-    Each step makes two passes, with different blocks, and `consistency` weights the divergence of their answers.
-    Exports exactly at rank `rank`.
+    In training a block acts `modules` times as strongly, so that all together say in the end what each has learnt to
+    say alone; the authors' code adds them up as they are. Each step makes two passes, with different blocks, and
+    `consistency` weights the divergence of their answers. Exports exactly at rank `rank`.
     """
     if rank % modules:
         raise ValueError(f"modules (={modules}) must divide rank (={rank})")
