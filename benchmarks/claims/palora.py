@@ -22,7 +22,7 @@ from loramux.training.plots import colour
 from loramux.training.recipe import Recipe
 from loramux.training.run import TrainedRun, encode_all
 
-TASKS, STEPS, REFERENCE = ("who", "where"), 150, 2.0
+TASKS, STEPS, REFERENCE = ("who", "where"), 400, 2.0
 PREFERENCES = tuple(step / 10 for step in range(11))
 SHARES = (0.2, 0.5, 0.8)
 SCHEDULES = {"PaLoRA, annealed": True, "PaLoRA, whole simplex": False}
@@ -77,6 +77,11 @@ def hypervolume(front: list[Point]) -> float:
     return area
 
 
+def shared(front: list[Point]) -> list[Point]:
+    """The points at the shares that LoRAs were trained with."""
+    return front if len(front) == len(SHARES) else [front[PREFERENCES.index(share)] for share in SHARES]
+
+
 def main() -> None:
     args = bed.parser(__doc__, "palora").parse_args()
     fronts: dict[str, list[list[Point]]] = {}
@@ -88,7 +93,16 @@ def main() -> None:
     rates[LORA] = bed.tuned(scalarised(0.5), args.to / "lora" / "0.5")
     fronts[LORA] = [[_of_share(args.to, share, rates[LORA], seed) for share in SHARES] for seed in args.seeds]
     rows = [_row(name, rates[name], found) for name, found in fronts.items()]
-    header = ["", "models", "rate", "ordered steps, %", "hypervolume", "loss of the task preferred", "at even shares"]
+    header = [
+        "",
+        "models",
+        "rate",
+        "ordered steps, %",
+        "hypervolume",
+        "of three points",
+        "loss preferred",
+        "loss, even",
+    ]
     bed.show(args.to / "palora.json", f"Losses of {' and '.join(TASKS)}, test split", header, rows, fronts)
     picture(fronts, args.to / "palora.png")
 
@@ -102,8 +116,8 @@ def _of_share(folder: Path, share: float, rate: float, seed: int) -> Point:
 def _row(name: str, rate: float, fronts: list[list[Point]]) -> list[str]:
     ends = [(front[-1][0] + front[0][1]) / 2 for front in fronts]
     even = [sum(front[len(front) // 2]) / 2 for front in fronts]
-    volume = [hypervolume([(a, b) for a, b in front]) for front in fronts]
-    figures = [bed.over_seeds([ordered(front) for front in fronts]), bed.over_seeds(volume, 2)]
+    volumes = [[hypervolume(points(front)) for front in fronts] for points in (list, shared)]
+    figures = [bed.over_seeds([ordered(front) for front in fronts])] + [bed.over_seeds(found, 2) for found in volumes]
     models = str(len(SHARES)) if name == LORA else "1"
     return [name, models, f"{rate:g}", *figures, bed.over_seeds(ends, 2), bed.over_seeds(even, 2)]
 
