@@ -10,6 +10,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=512)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 # Of a long list that is wrong everywhere, one place is told: telling all would take longer than answering.
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -85,7 +86,7 @@ class Generation(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Weight], Field(max_length=1024), _few(1024)] | None
+        Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Bias], Field(max_length=1024), _few(1024)] | None
     ) = None
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
