@@ -167,14 +167,17 @@ class _Copy:
         ids = [commit.commit_id for commit in line]
         new = (index for index, commit in enumerate(ids) if commit not in self._copied)
         first = ids.index(reached) + 1 if reached in ids else next(new, len(ids) - 1)
-        for index in range(first, len(ids)):
-            before = self._source.files(ids[index - 1]) if index and ids[index - 1] == reached else None
-            self._copy_commit(branch, before, line[index])
-            reached = ids[index]
+        if first == len(ids):
+            return
+        if reached in ids:
+            held = self._source.files(str(reached))
+        else:
+            held = {path: blob for path, blob in self._target.files(branch).items() if path != _OF_THE_HUB}
+        for commit in line[first:]:
+            held = self._copy_commit(branch, held, commit)
 
-    def _copy_commit(self, branch: str, before: dict[str, str] | None, commit: GitCommitInfo) -> None:
-        if before is None:
-            before = {path: blob for path, blob in self._target.files(branch).items() if path != _OF_THE_HUB}
+    def _copy_commit(self, branch: str, before: dict[str, str], commit: GitCommitInfo) -> dict[str, str]:
+        """Make a branch of the target that holds `before` hold what a commit holds; returns that."""
         new = self._source.files(commit.commit_id)
         changed = [path for path, blob in new.items() if before.get(path) != blob]
         with TemporaryDirectory() as folder:
@@ -182,7 +185,7 @@ class _Copy:
             operations += [CommitOperationAdd(path, self._fetch(path, commit.commit_id, folder)) for path in changed]
             if not operations:  # a commit may change nothing, and clients do not make such
                 self._note(commit.commit_id, str(self._target.ask(HfApi.repo_info, revision=branch).sha))
-                return
+                return new
             made = self._target.ask(
                 HfApi.create_commit,
                 operations=operations,
@@ -192,6 +195,7 @@ class _Copy:
             )
         self._note(commit.commit_id, made.oid)
         self.made += 1
+        return new
 
     def _fetch(self, path: str, revision: str, folder: str) -> Path:
         local = Path(folder) / revision
