@@ -182,7 +182,12 @@ def _token(file: Path | None) -> str | Literal[False]:
 
     Without a file there is none: the one that the user is logged in with may be for neither of the two hubs.
     """
-    return file.read_text(encoding="utf-8").strip() if file else False
+    if file is None:
+        return False
+    token = file.read_text(encoding="utf-8").strip()
+    if not token:
+        raise RunError(f"{file}: holds no token; write one, or leave the file out")
+    return token
 
 
 def _clean(arguments: argparse.Namespace) -> None:

@@ -169,3 +169,10 @@ def test_a_hub_hears_no_token_but_the_one_that_is_named_for_it(
     assert main(["hub", "mirror", hubs[0].url, hubs[1].url]) == 2, "the user's own token went to a hub"
     (tmp_path / "token").write_text(f"{token}\n")
     assert main(["hub", "mirror", hubs[0].url, hubs[1].url, "--target-token-file", str(tmp_path / "token")]) == 0
+
+
+def test_a_token_file_without_a_token_is_refused_before_any_hub_is_asked(tmp_path: Path, capsys) -> None:
+    (tmp_path / "token").write_text("\n")
+    nowhere = ["http://127.0.0.1:9", "http://127.0.0.1:9"]
+    assert main(["hub", "mirror", *nowhere, "--source-token-file", str(tmp_path / "token")]) == 2
+    assert f"{tmp_path / 'token'}: holds no token" in capsys.readouterr().err
