@@ -179,7 +179,9 @@ class Engine:
             self._wake.notify()
 
     def embed(self, prompts: list[list[int]]) -> "Future[Tensor]":
-        """The mean last hidden state of the bare base over each prompt, `(prompts, width)`."""
+        """The mean last hidden state of the bare base over each prompt, as far as the base can read it, `(prompts,
+        width)`."""
+        prompts = [prompt[: self.max_length] for prompt in prompts]
         future: Future[Tensor] = Future()
         with self._wake:
             if self._stopping:

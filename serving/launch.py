@@ -80,11 +80,7 @@ def open_service(config: ServeConfig, environment: Mapping[str, str], *, threads
     register_all(
         config.adapters, opened.runs, lambda name, folder: store.register(name, folder, examples.get(name, ()))
     )
-
-    def encode(text: str) -> list[int]:
-        return list(opened.tokenizer(text)["input_ids"])[: engine.max_length]
-
-    prototypes = Prototypes(store.examples, encode, engine.embed)
+    prototypes = Prototypes(store.examples, lambda text: list(opened.tokenizer(text)["input_ids"]), engine.embed)
     store.subscribe(prototypes.refresh)
     service = Service(
         config,

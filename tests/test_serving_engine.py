@@ -329,6 +329,9 @@ def test_embeddings_are_the_mean_hidden_state_of_the_base(engine, tiny, routes):
             wanted = tiny[0].model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
         assert torch.allclose(vector, wanted, atol=1e-5)
     assert busy.last.completion_tokens == 50
+    endless = [5, 6, 7] * engine.max_length
+    cut = engine.embed([endless[: engine.max_length]]).result(30)
+    assert torch.allclose(engine.embed([endless]).result(30), cut, atol=1e-6)
 
 
 def test_many_embeddings_are_made_between_the_steps_of_others(tiny):
