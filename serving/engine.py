@@ -30,6 +30,7 @@ from .prefixes import Prefixes
 from .request import Chunk, Event, Failed, Finished, FinishReason, Request, TokenChoice
 from .sampling import Choices, RowSampler, choose
 from .text import Speller, TextStream
+from .threads import compute_on
 
 _log = logging.getLogger(__name__)
 _UNLIMITED = 1 << 20
@@ -217,7 +218,7 @@ class Engine:
 
     @torch.inference_mode()
     def _loop(self) -> None:
-        torch.set_num_threads(self._threads)
+        compute_on(self._threads)
         while self._wait_for_work():
             self._take_arrivals()
             self._drop_unwanted()

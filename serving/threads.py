@@ -3,6 +3,12 @@
 import torch
 
 
+def compute_on(threads: int) -> None:
+    """Let the calling thread compute with so many from now on, whatever others are told."""
+    torch.get_num_threads()  # at its first look a thread takes what any was told last, which would undo this later
+    torch.set_num_threads(threads)
+
+
 def compute_on_one_thread() -> int:
     """Let the calling thread compute alone from now on; returns with how many it did before, for `EngineOptions`.
 
@@ -11,5 +17,5 @@ def compute_on_one_thread() -> int:
     thread should have a team.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    compute_on(1)
     return before

@@ -19,8 +19,10 @@ from loramux.serving.errors import ServingError
 from loramux.serving.factors import PackedLora
 from loramux.serving.kv_timeline import KvTimeline
 from loramux.serving.mixtures import Mixtures
+from loramux.serving.packed import pack_linears
 from loramux.serving.request import BASE, Failed, Finished, Request, Route, Sampling
-from loramux.serving.slots import layout_of
+from loramux.serving.slots import adaptable_linears, layout_of
+from loramux.serving.threads import compute_on_one_thread
 from loramux.support.errors import ConfigError
 
 KINDS = [(4, "all-linear"), (8, ["q_proj", "v_proj"]), (2, ["down_proj"]), (16, "all-linear")]
@@ -34,8 +36,10 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def served():
-    """The base under the engines; another one than answers are compared with, since engines run beside the test."""
-    return tiny_base()
+    """The base under the engines, packed as servers do; answers are compared with those of another one, as it is."""
+    model, tokenizer = tiny_base()
+    assert pack_linears(model) == len(adaptable_linears(model)) + 1
+    return model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -411,3 +415,22 @@ def test_rows_come_and_go_at_random_and_every_answer_is_its_own(engine, tiny, fo
     assert not failures
     stats = engine.stats()
     assert (stats.waiting, stats.prefilling) == (0, 0)
+
+
+def test_the_engine_computes_on_its_threads_however_many_others_take(served, tiny):
+    model, tokenizer = served
+    used, before = set(), torch.get_num_threads()
+    hook = model.register_forward_pre_hook(lambda *_: used.add(torch.get_num_threads()))
+    engine = Engine(model, tokenizer, layout_of(model), EngineOptions(threads=2))
+    used.clear()
+    engine.start()
+    another = threading.Thread(target=compute_on_one_thread)  # as those that load adapters do, before the first step
+    another.start()
+    another.join()
+    try:
+        assert Answer(engine, [5, 6, 7], REPORTING, BASE).tokens == generated(tiny[0], [5, 6, 7], 8)
+    finally:
+        engine.stop(drain=False)
+        hook.remove()
+        torch.set_num_threads(before)
+    assert used == {2}
