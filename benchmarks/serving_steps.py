@@ -3,7 +3,8 @@
     python benchmarks/serving_steps.py --dtype float32 --json steps.json
 
 A 47 M Llama (576 wide, 12 layers, vocabulary 16,384), LoRAs of rank 8 on all linear layers. Systems alternate; each
-figure is the median over rounds of the wall time of one pass. Base alone: transformers' own forward with its own cache.
+figure is the median over rounds of the wall time of one pass. Base alone: transformers' own forward with its own cache;
+packed: the same with the weights laid out as servers on a CPU have them.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from transformers.utils import logging
 
 from loramux.adapters import LowRank
 from loramux.serving.batch import Batch, Prefill, Row, Runner
+from loramux.serving.packed import pack_linears
 from loramux.serving.request import BASE, Request, Route, Sampling
 from loramux.serving.sampling import RowSampler
 from loramux.serving.slots import adaptable_linears, layout_of
 from loramux.serving.text import TextStream
 
 logging.set_verbosity_error()
+ALONE, PACKED = "base alone", "base alone, packed"
 VOCABULARY, ROWS, CONTEXT, PROMPT, RANK = 16_384, 32, 64, 64, 8
 Step = Callable[[], Any]
 
@@ -50,6 +53,13 @@ def base(dtype: torch.dtype) -> Any:
     )
     model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     # Freezing makes the output layer copy its input where it is a slice; unfrozen or not, it is the same for all here.
+    return model
+
+
+def served_base(dtype: torch.dtype) -> Any:
+    """The base as servers on a CPU have it."""
+    model = base(dtype)
+    assert pack_linears(model)
     return model
 
 
@@ -141,10 +151,10 @@ def measure(systems: dict[str, Step], rounds: int, each: int) -> dict[str, float
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def report(title: str, times: dict[str, float], against: str) -> None:
-    print(f"\n{title}")
+def report(title: str, times: dict[str, float]) -> None:
+    print(f"\n{title:45s} {'x base':>10s} {'x packed':>9s}")
     for name, ms in times.items():
-        print(f"  {name:34s} {ms:9.2f} ms  {ms / times[against]:6.2f}x")
+        print(f"  {name:30s} {ms:9.2f} ms {ms / times[ALONE]:9.2f} {ms / times[PACKED]:9.2f}")
 
 
 @torch.inference_mode()
@@ -160,19 +170,21 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     bare = base(dtype)
-    hosted = base(dtype)
+    hosted = served_base(dtype)
     layout = layout_of(hosted)
     runner = Runner(hosted, layout, None)
     loras = [layout.pack(random_factors(hosted, seed), dtype) for seed in range(ROWS)]
     many = [Route(f"a{i}", f"a{i}", ((lora, 1.0),)) for i, lora in enumerate(loras)]
     decode = {
-        "base alone": base_decode(bare),
+        ALONE: base_decode(bare),
+        PACKED: base_decode(hosted),
         "ours, no adapter active": our_decode(runner, [BASE] * ROWS),
         "ours, one adapter": our_decode(runner, [many[0]] * ROWS),
         "ours, 32 adapters": our_decode(runner, many),
     }
     prefill = {
-        "base alone": base_prefill(bare),
+        ALONE: base_prefill(bare),
+        PACKED: base_prefill(hosted),
         "ours, no adapter active": our_prefill(runner, [BASE] * ROWS),
         "ours, 32 adapters": our_prefill(runner, many),
     }
@@ -184,8 +196,8 @@ def main() -> None:
         "decode": measure(decode, options.rounds, 8),
         "prefill": measure(prefill, options.rounds, 1),
     }
-    report(f"decoding step, {ROWS} rows, {CONTEXT} tokens cached, {options.dtype}", results["decode"], "base alone")
-    report(f"prefill, {ROWS} x {PROMPT}, {options.dtype}", results["prefill"], "base alone")
+    report(f"decoding step, {ROWS} rows, {CONTEXT} tokens cached, {options.dtype}", results["decode"])
+    report(f"prefill, {ROWS} x {PROMPT}, {options.dtype}", results["prefill"])
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
 

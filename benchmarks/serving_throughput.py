@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from serving_steps import VOCABULARY, base, peft_mixed, random_factors
+from serving_steps import VOCABULARY, peft_mixed, random_factors, served_base
 
 from loramux.adapters import LowRank
 from loramux.serving.engine import Engine, EngineOptions
@@ -36,6 +36,8 @@ from loramux.serving.store import AdapterStore, StoreLimits
 from loramux.serving.threads import compute_on_one_thread
 
 CLIENTS, PROMPT, NEW = 8, 32, 32
+_EARLIER = 500
+"""Requests before the first that is measured, in Zipf traffic."""
 
 
 class NoTokenizer:
@@ -99,7 +101,7 @@ class Clients:
 
 def ours(dtype: torch.dtype) -> Callable[[], float]:
     threads = compute_on_one_thread()
-    model = base(dtype)
+    model = served_base(dtype)
     layout = layout_of(model)
     engine = Engine(model, NoTokenizer(), layout, EngineOptions(prefix_bytes=0, threads=threads))
     engine.start()
@@ -171,7 +173,7 @@ def side_by_side(dtype: torch.dtype, rounds: int) -> dict[str, float]:
 
 def swap_time(dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds to bring an adapter of host memory into the rows of a batch of 32, and of a decoding step."""
-    model = base(dtype)
+    model = served_base(dtype)
     layout = layout_of(model)
     loras = [layout.pack(random_factors(model, seed), dtype) for seed in range(33)]
     rows = RowAdapters(layout, dtype, torch.device("cpu"))
@@ -202,17 +204,17 @@ def save_folder(folder: Path, factors: dict[str, LowRank]) -> Path:
     return folder
 
 
-def zipf(dtype: torch.dtype, adapters: int, held_bytes: int, requests: int) -> dict[str, float]:
+def zipf(dtype: torch.dtype, adapters: int, held: int, requests: int, rounds: int) -> dict[str, float]:
     """Zipf traffic over adapters on disk beside the same traffic on one adapter, in tokens per second."""
     threads = compute_on_one_thread()
-    model = base(dtype)
+    model = served_base(dtype)
     layout = layout_of(model)
     engine = Engine(model, NoTokenizer(), layout, EngineOptions(prefix_bytes=0, threads=threads))
     engine.start()
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         kinds = [random_factors(model, seed) for seed in range(8)]
-        store = AdapterStore(layout, model, (), (root,), StoreLimits(nbytes=held_bytes, adapters=adapters), dtype)
+        store = AdapterStore(layout, model, (), (root,), StoreLimits(adapters=held), dtype)
         for number in range(adapters):
             save_folder(root / f"a{number}", kinds[number % 8])
         start = time.perf_counter()
@@ -221,21 +223,29 @@ def zipf(dtype: torch.dtype, adapters: int, held_bytes: int, requests: int) -> d
         registered = time.perf_counter() - start
         draw = random.Random(0)
         weights = [1 / (rank + 1) for rank in range(adapters)]
-        traffic = draw.choices(range(adapters), weights, k=2 * CLIENTS * requests)
+        traffic = draw.choices(range(adapters), weights, k=rounds * CLIENTS * requests)
         per_round = CLIENTS * requests
+        for number in draw.choices(range(adapters), weights, k=_EARLIER):
+            store.lease(f"a{number}").release()  # memory holds what earlier traffic has left there
         Clients(engine, lambda number: store.lease("a0"), CLIENTS).tokens_per_second()
         one, many = [], []
-        for start in range(0, 2 * per_round, per_round):
+        for start in range(0, rounds * per_round, per_round):
             names = [f"a{number}" for number in traffic[start : start + per_round]]
             one.append(Clients(engine, lambda number: store.lease("a0"), per_round).tokens_per_second())
             many.append(Clients(engine, lambda n, names=names: store.lease(names[n]), per_round).tokens_per_second())
     engine.stop()
     return {
         "seconds to register": registered,
-        "adapter bytes held, of the limit": store.held().nbytes / held_bytes,
+        "MB of adapters held": store.held().nbytes / 1e6,
         "one adapter": statistics.median(one),
         f"{adapters} adapters": statistics.median(many),
     }
+
+
+def alone(measure: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """A measurement in a process of its own, whose other threads do not compute."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
 def main() -> None:
@@ -243,6 +253,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--held", type=int, default=64, help="of them, in memory at a time")
     parser.add_argument("--only", choices=["clients", "swap", "zipf"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -251,9 +262,9 @@ def main() -> None:
     if options.only in (None, "clients"):
         results["tokens per second, 8 clients"] = side_by_side(dtype, options.rounds)
     if options.only in (None, "swap"):
-        results["swap"] = swap_time(dtype)
+        results["swap"] = alone(swap_time, dtype)
     if options.only in (None, "zipf"):
-        results["Zipf"] = zipf(dtype, options.adapters, 64 * 5_000_000, 6)
+        results["Zipf"] = alone(zipf, dtype, options.adapters, options.held, 6, options.rounds)
     for title, figures in results.items():
         print(f"\n{title}, {options.dtype}")
         for name, value in figures.items():

@@ -19,6 +19,7 @@ from .config import ServeConfig
 from .engine import Engine, EngineOptions
 from .keys import Keys
 from .mixtures import Mixtures
+from .packed import pack_linears
 from .prototypes import Prototypes
 from .runs import RunAdapters, check_run_settings, register_all, run_adapters, served_run
 from .slots import layout_of
@@ -62,6 +63,7 @@ def open_service(config: ServeConfig, environment: Mapping[str, str], *, threads
         if not folder.is_dir():
             raise ConfigError(f"adapters: {folder} is not a folder")
     opened = _opened_run(config) if config.runs else _opened_base(config)
+    pack_linears(opened.model)
     layout = layout_of(opened.model)
     engine = Engine(opened.model, opened.tokenizer, layout, _engine_options(config, threads), opened.mixtures)
     mixtures = {} if opened.mixtures is None else {name: opened.mixtures.tasks(name) for name in opened.mixtures.names}

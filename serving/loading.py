@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..adapters.lora_folder import WEIGHTS, AnotherBase, LoraPlan, LoraReader, PlainLora, TooLarge
+from ..adapters.lora_folder import WEIGHTS, AnotherBase, LoraPlan, LoraReader, PlainLora, TooLarge, all_finite
 from ..support.errors import AdapterError
 from .errors import ServingError, is_out_of_memory
 from .factors import FactorLayout, PackedLora
@@ -116,7 +116,7 @@ class AdapterLoader:
 
     def _packed(self, lora: PlainLora, found: Found) -> PackedLora:
         packed = self._layout.pack(lora.factors, self._dtype)
-        if not packed.flat.isfinite().all():
+        if not all_finite(packed.flat):
             raise ServingError("adapter_invalid", f"{found.origin}: its values are too large for {self._dtype}")
         return packed
 
