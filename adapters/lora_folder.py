@@ -406,6 +406,10 @@ def _whole(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, KeyError, ValueError) as error:
         raise AdapterError(f"{path}: not a whole safetensors file ({_short(str(error))})") from None
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise MemoryError(f"{path}: {_short(str(error))}") from None  # safetensors panics where memory is out
 
 
 def _check_tensors(path: Path, saved: Mapping[str, Tensor], linears: Mapping[str, LinearPlan], base: nn.Module) -> None:
