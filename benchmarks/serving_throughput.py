@@ -5,7 +5,8 @@
 The model and the adapters are those of serving_steps.py: 47 M parameters, rank 8 on all linear layers. Eight clients,
 each on an adapter of its own, ask for 32 tokens after 32. PEFT answers the same eight requests as one batch with
 `adapter_names`, and one by one with `set_adapter`. Then Zipf traffic over 1,000 adapters on disk, of which memory holds
-a part, beside the same traffic on one adapter; and the time of bringing an adapter of host memory into a batch.
+a part, beside the same traffic on one adapter, with answers of 16 to 48 tokens; and the time of bringing an adapter of
+host memory into a batch.
 """
 
 import argparse
@@ -61,13 +62,14 @@ class Clients:
 
     Args:
         choose: gives what answers request `number`: a route, or the lease of one.
+        answers: tokens of every answer.
     """
 
-    def __init__(self, engine: Engine, choose: Callable[[int], Route | Lease], requests: int) -> None:
-        self._engine, self._choose, self._total = engine, choose, requests
+    def __init__(self, engine: Engine, choose: Callable[[int], Route | Lease], answers: Sequence[int]) -> None:
+        self._engine, self._choose, self._answers = engine, choose, answers
         self._numbers = itertools.count()
-        self._prompts = [prompt(number) for number in range(requests)]
-        self._left = requests
+        self._prompts = [prompt(number) for number in range(len(answers))]
+        self._left = len(answers)
         self._done = threading.Event()
         self._threads = ThreadPoolExecutor(CLIENTS)
 
@@ -76,11 +78,11 @@ class Clients:
         for _ in range(CLIENTS):
             self._threads.submit(self._ask)
         self._done.wait()
-        return self._total * NEW / (time.perf_counter() - start)
+        return sum(self._answers) / (time.perf_counter() - start)
 
     def _ask(self) -> None:
         number = next(self._numbers)
-        if number >= self._total:
+        if number >= len(self._answers):
             return
         chosen = self._choose(number)
         route = chosen.route if isinstance(chosen, Lease) else chosen
@@ -95,7 +97,7 @@ class Clients:
                 self._done.set()
             self._threads.submit(self._ask)  # beside the engine, as the server waits for adapters
 
-        sampling = Sampling(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+        sampling = Sampling(max_tokens=self._answers[number], temperature=0.0, ignore_eos=True)
         self._engine.submit(Request(self._prompts[number], sampling, route, take, streams=False))
 
 
@@ -107,7 +109,7 @@ def ours(dtype: torch.dtype) -> Callable[[], float]:
     engine.start()
     loras = [layout.pack(random_factors(model, seed), dtype) for seed in range(CLIENTS)]
     routes = [Route(f"a{seed}", f"a{seed}", ((lora, 1.0),)) for seed, lora in enumerate(loras)]
-    return lambda: Clients(engine, lambda number: routes[number], CLIENTS).tokens_per_second()
+    return lambda: Clients(engine, lambda number: routes[number], [NEW] * CLIENTS).tokens_per_second()
 
 
 def peft_batch(dtype: torch.dtype) -> Callable[[], float]:
@@ -227,12 +229,13 @@ def zipf(dtype: torch.dtype, adapters: int, held: int, requests: int, rounds: in
         per_round = CLIENTS * requests
         for number in draw.choices(range(adapters), weights, k=_EARLIER):
             store.lease(f"a{number}").release()  # memory holds what earlier traffic has left there
-        Clients(engine, lambda number: store.lease("a0"), CLIENTS).tokens_per_second()
+        Clients(engine, lambda number: store.lease("a0"), [NEW] * CLIENTS).tokens_per_second()
         one, many = [], []
         for start in range(0, rounds * per_round, per_round):
             names = [f"a{number}" for number in traffic[start : start + per_round]]
-            one.append(Clients(engine, lambda number: store.lease("a0"), per_round).tokens_per_second())
-            many.append(Clients(engine, lambda n, names=names: store.lease(names[n]), per_round).tokens_per_second())
+            answers = [draw.randint(NEW // 2, NEW + NEW // 2) for _ in names]  # or clients on one adapter keep in step
+            one.append(Clients(engine, lambda number: store.lease("a0"), answers).tokens_per_second())
+            many.append(Clients(engine, lambda n, names=names: store.lease(names[n]), answers).tokens_per_second())
     engine.stop()
     return {
         "seconds to register": registered,
