@@ -193,7 +193,7 @@ class LoraReader:
             AnotherBase: it names another base.
             AdapterError: it is of no plain LoRA of this base.
         """
-        raw, data = _read_config(folder / CONFIG)
+        raw, data = read_config(folder / CONFIG)
         _refuse_more_than_lora(data, folder)
         named = data.get("base_model_name_or_path") or None
         self._check_base(named, folder)
@@ -208,7 +208,7 @@ class LoraReader:
             AdapterError: it is cut short or no safetensors file.
         """
         path = _weights_file(plan.folder)
-        with _whole(path), safe_open(path, "pt"):
+        with whole_safetensors(path), safe_open(path, "pt"):
             pass
 
     def read(self, plan: LoraPlan) -> PlainLora:
@@ -221,7 +221,7 @@ class LoraReader:
         """
         path = _weights_file(plan.folder)
         raw = self._read_file(path, plan)
-        with _whole(path):
+        with whole_safetensors(path):
             saved = load(raw)
         _check_tensors(path, saved, plan.linears, self._base)
         factors = {name: _folded(path, saved, name, linear.scale) for name, linear in plan.linears.items()}
@@ -286,10 +286,15 @@ def declared_base(folder: Path) -> str | None:
     Raises:
         AdapterError: there is no readable config.
     """
-    return _read_config(folder / CONFIG)[1].get("base_model_name_or_path") or None
+    return read_config(folder / CONFIG)[1].get("base_model_name_or_path") or None
 
 
-def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
+def read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """An adapter_config.json as it is written, and as data; only the name of its base is checked.
+
+    Raises:
+        AdapterError: it is missing, too large or no JSON object, or names its base by something else than a name.
+    """
     if not path.is_file():  # a device has no end
         raise AdapterError(f"{path.parent}: no PEFT adapter (no {CONFIG} in it)")
     if path.stat().st_size > _LARGEST_CONFIG:
@@ -401,7 +406,13 @@ def _weights_file(folder: Path) -> Path:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def whole_safetensors(path: Path) -> Iterator[None]:
+    """Reading a safetensors file in the block.
+
+    Raises:
+        AdapterError: it is cut short, or something else.
+        MemoryError: as it says.
+    """
     try:
         yield
     except (SafetensorError, KeyError, ValueError) as error:

@@ -1,6 +1,5 @@
 """Looking at adapters that strangers made, before anything of them is used."""
 
-import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -9,16 +8,15 @@ from typing import Any
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..adapters import LoramuxConfig, read_lora
-from ..adapters.lora_folder import CONFIG, WEIGHTS
+from ..adapters.lora_folder import CONFIG, WEIGHTS, read_config, whole_safetensors
 from ..bases import base_identity, resolve_base
 from ..support.errors import AdapterError, ConfigError, LoramuxError, RemoteError
 
-_LARGEST_CONFIG = 1 << 20
 _MOST_LAYERS = 1000
 LORA, MIXTURE_KIND = "LORA", "LORAMUX"
 
@@ -79,18 +77,12 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     Raises:
         AdapterError: it is missing, too large, or no config of an adapter.
     """
-    try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise AdapterError(f"{path}: {path.stat().st_size} bytes; no adapter's config is larger than 1 MiB")
-        data = json.loads(path.read_text(encoding="utf-8"))
-        base, revision = data.get("base_model_name_or_path"), data.get("revision")
-        if not isinstance(base, str | None) or not isinstance(revision, str | None):
-            raise AdapterError(f"{path}: its base and revision must be names, got {base!r} and {revision!r}")
-        return AdapterConfig(str(data["peft_type"]), base or None, revision or None, data)
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, LoramuxError):
-            raise
-        raise AdapterError(f"{path}: not readable as the config of an adapter ({type(error).__name__})") from None
+    _, data = read_config(path)
+    kind, revision = data.get("peft_type"), data.get("revision")
+    if not isinstance(kind, str) or not isinstance(revision, str | None):
+        told = f"{str(kind)[:80]!r} and {str(revision)[:80]!r}"
+        raise AdapterError(f"{path}: peft_type and revision must be names, got {told}")
+    return AdapterConfig(kind, data.get("base_model_name_or_path") or None, revision or None, data)
 
 
 def common_base(configs: Mapping[str, AdapterConfig], remedy: str) -> tuple[str, str | None]:
@@ -192,7 +184,7 @@ def _shapes_of_mixture(folder: Path, config: AdapterConfig, base: Any) -> dict[s
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     try:
-        with safe_open(path, "pt") as saved:
+        with whole_safetensors(path), safe_open(path, "pt") as saved:
             return {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path}: not a whole safetensors file ({error})") from None
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror})") from None

@@ -200,7 +200,7 @@ def test_a_base_that_nobody_else_can_find_is_refused(finished_job: Path, tmp_pat
     with pytest.raises(ConfigError, match=r"name '/home/mia/base' as their base, which nobody else can find.*known_as"):
         read_source(tmp_path / "home", examples=1)
     (tmp_path / "home" / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterError, match="not readable as the config of an adapter"):
+    with pytest.raises(AdapterError, match="not readable as JSON"):
         read_source(tmp_path / "home", examples=1)
 
 

@@ -164,9 +164,10 @@ def huge(folder: Path) -> None:
         (lambda f: config(f, peft_type="IA3"), "of PEFT type IA3"),
         (lambda f: config(f, use_dora=True), "use_dora = True"),
         (lambda f: config(f, r=4), "its config and this base want"),
-        (lambda f: config(f, base_model_name_or_path=7), "its base and revision must be names"),
+        (lambda f: config(f, base_model_name_or_path=7), "base_model_name_or_path must be a name, got 7"),
+        (lambda f: config(f, peft_type=None), "peft_type and revision must be names, got .None. and"),
         (lambda f: config(f, base_model_name_or_path=None), "do not name one base .*say which .--base MODEL"),
-        (lambda f: (f / CONFIG).write_text("[1"), "not readable as the config of an adapter .JSONDecodeError"),
+        (lambda f: (f / CONFIG).write_text("[1"), "not readable as JSON .JSONDecodeError"),
     ],
 )
 def test_an_adapter_that_is_not_what_it_should_be(
