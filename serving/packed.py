@@ -34,14 +34,14 @@ def pack_linears(model: Any) -> int:
         _pack(linear)
     try:
         _try(model)
-    except (RuntimeError, NotImplementedError):
+    except Exception:  # whatever a model does with a weight that it reads by itself
         for linear in linears:
             _unpack(linear)
         return 0
     return len(linears)
 
 
-def _can_be_packed(linear: nn.Module) -> TypeGuard[nn.Linear]:
+def _can_be_packed(linear: nn.Module | None) -> TypeGuard[nn.Linear]:
     if type(linear) is not nn.Linear or linear.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if linear.weight.dtype == torch.bfloat16:

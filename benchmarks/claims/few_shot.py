@@ -56,7 +56,7 @@ def adapted(hub: Path, task: TaskConfig, settings: AdaptConfig, folder: Path) ->
     found = json.loads(path.read_text())
     return {
         one["way"]: {
-            "score": one["scores"][found["metric"]],
+            "score": one["scores"][found["facts"]["metric"]],
             "loss": one["scores"]["loss"],
             "trained": one["trained_parameters"],
         }
